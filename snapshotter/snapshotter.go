@@ -1,0 +1,167 @@
+// Package snapshotter defines how berth keeps file system trees: image layers
+// that never change, and the writable or read-only views that containers get
+// of a chain of them.
+//
+// # Vocabulary
+//
+// A snapshot is known by a key or, once committed, by a name; both live in one
+// flat set of strings. Its kind says what may be done with it:
+//
+//   - active: writable, made by Prepare on a parent or on nothing;
+//   - view: read-only, made by View;
+//   - committed: immutable, made by Commit out of an active snapshot, and the
+//     only kind that may be a parent.
+//
+// A layer is committed under its chain ID, the digest of the diff IDs from the
+// base up to it (OCI image-spec, config.md, "Layer ChainID").
+//
+// # A layer and a container
+//
+//	m, _ := s.Prepare(ctx, "extract-1", "")             // an empty directory
+//	// unpack into m[0].Source …
+//	s.Commit(ctx, chainID, "extract-1", WithParent(p))  // parent named late
+//	m, _ = s.Prepare(ctx, containerID, chainID)         // its writable layer
+//	// hand m to the shim, which mounts it
+//	s.Remove(ctx, containerID)
+//
+// Because the parent may be named as late as in Commit, layers of one image
+// unpack at the same time into directories of their own.
+//
+// Nothing here mounts on the host: mounts are returned as data (Mount), and the
+// shim mounts them in a namespace that lives as long as the container.
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Errors of a Snapshotter, tested with errors.Is.
+var (
+	// ErrNotFound: no snapshot has that key or name.
+	ErrNotFound = errors.New("snapshot not found")
+	// ErrExists: the key or name is taken.
+	ErrExists = errors.New("snapshot exists")
+	// ErrInUse: the snapshot has children, so it cannot be removed.
+	ErrInUse = errors.New("snapshot has children")
+	// ErrKind: the snapshot is of the wrong kind for the call, such as a
+	// parent that is not committed.
+	ErrKind = errors.New("snapshot kind does not allow this")
+)
+
+// Kind tells what may be done with a snapshot.
+type Kind uint8
+
+// The kinds. The numbers are stored; they never change.
+const (
+	KindUnknown Kind = iota
+	KindView
+	KindActive
+	KindCommitted
+)
+
+func (k Kind) String() string {
+	switch k {
+	case KindView:
+		return "view"
+	case KindActive:
+		return "active"
+	case KindCommitted:
+		return "committed"
+	}
+	return fmt.Sprintf("kind(%d)", uint8(k))
+}
+
+// Info describes a snapshot.
+type Info struct {
+	Kind    Kind
+	Name    string            // key or name
+	Parent  string            // "" for none
+	Labels  map[string]string // the caller's own; nil for none
+	Created time.Time
+	Updated time.Time
+}
+
+// Usage is what a snapshot itself takes on disk, its parents left out.
+type Usage struct {
+	Size   int64 // bytes allocated
+	Inodes int64 // directory entries counted once for each inode
+}
+
+// Mount is one mount(2) call as data. The order of a list matters.
+type Mount struct {
+	Type    string   // file system type, or "bind"
+	Source  string   // device, directory, or a word such as "overlay"
+	Target  string   // path below the root to mount on; "" is the root itself
+	Options []string // as mount(8) takes them with -o
+}
+
+// Opt changes the Info with which a snapshot is made or committed.
+type Opt func(*Info) error
+
+// WithLabels sets the labels of a snapshot.
+func WithLabels(labels map[string]string) Opt {
+	return func(i *Info) error {
+		i.Labels = labels
+		return nil
+	}
+}
+
+// WithParent, given to Commit, sets the parent of a snapshot that was prepared
+// without one. The parent must be committed by then.
+func WithParent(name string) Opt {
+	return func(i *Info) error {
+		i.Parent = name
+		return nil
+	}
+}
+
+// Snapshotter keeps snapshots. The method names and their meaning are those of
+// containerd's interface of the same name, so that a snapshotter written for it
+// can be adapted. All methods may be called concurrently; those that change
+// something are durable in the book when they return, while the data inside a
+// snapshot is durable only after Syncer.Sync.
+type Snapshotter interface {
+	// Stat returns the Info of a key or name, or ErrNotFound.
+	Stat(ctx context.Context, key string) (Info, error)
+	// Update replaces the labels of info.Name. Of fieldpaths "labels" and
+	// "labels.<key>" are known; none means all labels.
+	Update(ctx context.Context, info Info, fieldpaths ...string) (Info, error)
+	// Usage returns what the snapshot takes. For an active one it walks the
+	// writable layer, which can take long; for a committed one it is stored.
+	Usage(ctx context.Context, key string) (Usage, error)
+	// Mounts returns the mounts of an active snapshot or a view, as Prepare
+	// and View did.
+	Mounts(ctx context.Context, key string) ([]Mount, error)
+	// Prepare makes an active snapshot. ErrExists when the key is taken,
+	// ErrNotFound or ErrKind for the parent.
+	Prepare(ctx context.Context, key, parent string, opts ...Opt) ([]Mount, error)
+	// View makes a read-only snapshot of parent; errors as with Prepare.
+	View(ctx context.Context, key, parent string, opts ...Opt) ([]Mount, error)
+	// Commit turns the active snapshot key into the committed snapshot name.
+	// The key is gone afterwards. ErrExists when the name is taken: then the
+	// active snapshot stays, for the caller to remove.
+	Commit(ctx context.Context, name, key string, opts ...Opt) error
+	// Remove removes a snapshot that has no children (else ErrInUse). After
+	// ErrNotFound there is nothing left to do.
+	Remove(ctx context.Context, key string) error
+	// Walk calls fn for each snapshot until it returns an error. Filters are
+	// not used by berth; a backend may refuse them.
+	Walk(ctx context.Context, fn func(context.Context, Info) error, filters ...string) error
+	// Close ends the use of the snapshotter; snapshots stay.
+	Close() error
+}
+
+// Cleaner is a Snapshotter that can sweep: remove what is on disk and has no
+// snapshot that it belongs to, as a crash in the middle of Remove leaves it.
+type Cleaner interface {
+	Cleanup(ctx context.Context) error
+}
+
+// Syncer is a Snapshotter whose data can be made durable: when Sync returns,
+// all that was written into its snapshots before the call survives a power cut.
+type Syncer interface {
+	Sync(ctx context.Context) error
+}
