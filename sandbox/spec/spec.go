@@ -1,0 +1,186 @@
+// Package spec decides what the OCI runtime is told: it turns a CRI container
+// configuration, an image configuration and facts about the host into an OCI
+// runtime specification. It is pure. Nothing here reads a file, asks the
+// kernel or knows the time; whatever has to be looked up is looked up by the
+// caller and handed in, so that equal input gives equal output and every rule
+// can be tested with a golden file.
+//
+// # Vocabulary
+//
+//   - A [Container] is everything that is known about one container before it
+//     exists: CRI messages as the kubelet sent them, plus resolved values.
+//   - [Host] holds facts about the node, [Image] the few fields of an image
+//     configuration that reach a process, [User] a resolved identity.
+//   - [Build] folds a list of rules over an empty specification, each of which
+//     looks after one concern. [Init] does the same for the init process of a
+//     pod that shares its PID namespace, [Process] derives an exec.
+//
+// # Caveats
+//
+// Mount sources and device nodes must be resolved before they come here. The
+// inheritable capability set is always empty. Data of the image (labels, for
+// one) never becomes an annotation: a runtime may act on annotations.
+// Sysctls are not part of the specification either, since a pod's namespaces
+// are set up once and before its first container.
+package spec
+
+import (
+	"errors"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// ErrInvalid is wrapped by every error about input that can not be honoured:
+// the request is at fault and would fail again.
+var ErrInvalid = errors.New("invalid argument")
+
+// Image holds the fields of an OCI image configuration that have a say in the
+// process: defaults only, the container configuration wins.
+type Image struct {
+	Env        []string // NAME=value
+	Entrypoint []string
+	Cmd        []string
+	WorkingDir string
+	User       string // user[:group], names or numbers
+	StopSignal string // "SIGTERM", "TERM" or a number; not used by Build
+}
+
+// Namespace says where a process finds a namespace of some kind: the host's
+// if Host, the pinned one at Path (absolute, on the host) if that is not
+// empty, and a new one of its own otherwise.
+type Namespace struct {
+	Host bool
+	Path string
+}
+
+// Host has the facts about the node that decide what can be promised.
+type Host struct {
+	CgroupV2     bool     // the unified hierarchy has the controllers
+	CgroupFlags  []string // super block options of the host's cgroup2 mount, "nsdelegate" and the like
+	Seccomp      bool     // the kernel filters system calls
+	RRO          bool     // kernel and OCI runtime can make mounts recursively read-only
+	SELinux      bool     // SELinux is on; if not, SELinux options are ignored
+	Swap         bool     // swap is accounted by cgroup
+	HugePages    []string // page sizes with a hugetlb controller, as "2MB", "1GB"
+	Capabilities []string // every capability that can be given, "CAP_" prefixed
+}
+
+// Mount is a bind mount whose source has been looked up.
+type Mount struct {
+	Source            string // absolute host path, symbolic links evaluated
+	Destination       string // absolute path in the container
+	Readonly          bool
+	RecursiveReadonly bool     // needs Readonly, "rprivate" and Host.RRO
+	Propagation       string   // "rprivate", "rslave" or "rshared"; "" is "rprivate"
+	Options           []string // "noexec", "nodev", "nosuid", … , see mountOptions
+}
+
+// Device is a device node to create, with what the container may do to it:
+// a non-empty subset of "rwm" (read, write, mknod).
+type Device struct {
+	specs.LinuxDevice
+	Access string
+}
+
+// Container is the input of [Build]. The CRI messages are only read.
+type Container struct {
+	ID, PodID string
+	Pod       *runtime.PodSandboxConfig
+	Config    *runtime.ContainerConfig
+	Image     Image
+	User      User
+	Host      Host
+
+	Network, IPC, UTS, PID Namespace
+
+	CgroupsPath string // as cgroup.OCIPath gives it
+	Rootfs      string // relative to the bundle or absolute; "" is "rootfs"
+	Hostname    string // of the pod, for $HOSTNAME, and for a new UTS namespace
+
+	// Files of the pod on the host, mounted at their usual place unless the
+	// configuration mounts something else there; "" leaves the mount out.
+	// Without ShmDir, /dev/shm is a 64 MiB tmpfs of the container's own.
+	HostsFile, ResolvConf, HostnameFile, ShmDir string
+
+	Mounts   []Mount
+	Devices  []Device
+	Seccomp  *specs.LinuxSeccomp // nil is unconfined; privileged containers ignore it
+	AppArmor string              // profile name, "" for none; privileged containers ignore it
+	Rlimits  []specs.POSIXRlimit
+
+	Annotations map[string]string // for the runtime; the caller has filtered them
+
+	// OOMScoreMin is the lowest oom_score_adj that this daemon may set, nil
+	// for no limit. Lower values are raised to it.
+	OOMScoreMin *int
+}
+
+// Build returns the OCI runtime specification of c, for runc 1.1 or later and
+// its peers. The result shares no memory with c that it may change. Errors wrap
+// [ErrInvalid] and name the CRI field, the value and the limit.
+func Build(c Container) (*specs.Spec, error) { return nil, nil }
+
+// InitPod is the input of [Init].
+type InitPod struct {
+	PodID             string
+	Network, IPC, UTS Namespace
+	CgroupsPath       string
+	Rootfs            string // relative to the bundle or absolute; "" is "rootfs"
+	Binary            string // host path of the static berth-init; "" if the root file system has it at /berth-init
+	Arch              string // of the seccomp profile, as runtime.GOARCH
+	Host              Host
+	OOMScoreAdj       int // clamped to OOMScoreMin as in Container
+	OOMScoreMin       *int
+	Annotations       map[string]string
+}
+
+// Init returns the specification of a pod's init process.
+func Init(p InitPod) (*specs.Spec, error) { return nil, nil }
+
+// Process returns the process of an exec.
+func Process(base *specs.Process, cmd []string, tty bool) *specs.Process { return nil }
+
+// User is the identity of a container's process.
+type User struct {
+	UID, GID       uint32
+	AdditionalGIDs []uint32 // sorted, GID first
+}
+
+// ResolveUser decides who runs a container.
+func ResolveUser(sc *runtime.LinuxContainerSecurityContext, imageUser string, passwd, group []byte) (User, error) {
+	return User{}, nil
+}
+
+// Capabilities returns the capability sets of a container; Bounding is what
+// [DefaultSeccomp] wants to know.
+func Capabilities(sc *runtime.LinuxContainerSecurityContext, h Host) (*specs.LinuxCapabilities, error) {
+	return nil, nil
+}
+
+// DefaultSeccomp returns berth's own profile.
+func DefaultSeccomp(caps []string, arch string) *specs.LinuxSeccomp { return nil }
+
+// ParseSeccomp reads a profile.
+func ParseSeccomp(data []byte) (*specs.LinuxSeccomp, error) { return nil, nil }
+
+// ResolveResources translates CRI resources.
+func ResolveResources(r *runtime.LinuxContainerResources, h Host) (*specs.LinuxResources, error) {
+	return nil, nil
+}
+
+// MergeResources returns old with what update sets.
+func MergeResources(old, update *runtime.LinuxContainerResources) *runtime.LinuxContainerResources {
+	return nil
+}
+
+// AppArmor returns the profile that a container asks for.
+func AppArmor(sc *runtime.LinuxContainerSecurityContext, enabled bool, defaultProfile string) (string, error) {
+	return "", nil
+}
+
+// StopSignal returns the number of the signal that stops a container.
+func StopSignal(cfg runtime.Signal, image string) (int, error) { return 0, nil }
+
+// ImageUser returns what an image status says about the user of an image.
+func ImageUser(user string) (uid *int64, name string) { return nil, "" }
