@@ -1,0 +1,157 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+)
+
+// Close kills berthd and removes everything of the node, whatever state it is
+// in: processes, cgroups, mounts, the bridge, the directories.
+func (n *Node) Close() error {
+	var errs []error
+	if n.client != nil {
+		errs = append(errs, n.client.Close())
+	}
+	errs = append(errs, n.Kill(), n.killProcesses(), n.killParent(), n.unmount())
+	if _, err := os.Stat("/sys/class/net/" + n.Name); err == nil {
+		if out, err := exec.Command("ip", "link", "del", n.Name).CombinedOutput(); err != nil {
+			errs = append(errs, fmt.Errorf("bridge %s: %w: %s", n.Name, err, out))
+		}
+	}
+	return errors.Join(append(errs, os.RemoveAll(n.RunDir), os.RemoveAll(n.Dir))...)
+}
+
+// killProcesses kills what still runs for this node, and waits for the end.
+func (n *Node) killProcesses() error {
+	for range 100 {
+		m := Marks{}
+		if err := n.processes(m, n.ids.list()); err != nil {
+			return err
+		}
+		if len(m) == 0 {
+			return nil
+		}
+		for k := range m {
+			pid, err := strconv.Atoi(strings.Fields(k)[1])
+			if err != nil {
+				return err
+			}
+			if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("%s: %w", k, err)
+			}
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return errors.New("node: processes do not end on SIGKILL")
+}
+
+func killIn(dir string) error {
+	b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil {
+		return nil // gone, or a threaded cgroup
+	}
+	for _, f := range strings.Fields(string(b)) {
+		if pid, err := strconv.Atoi(f); err == nil && pid > 0 {
+			if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("%s: process %d: %w", dir, pid, err)
+			}
+		}
+	}
+	return nil
+}
+
+// removeCgroup removes an empty cgroup; the last killed process needs a moment.
+func removeCgroup(dir string) error {
+	var err error
+	for range 100 {
+		if err = unix.Rmdir(dir); err == nil || errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return fmt.Errorf("cgroup %s: %w", dir, err)
+}
+
+func (n *Node) unmount() error {
+	for range 64 { // mounts may be stacked
+		b, err := os.ReadFile("/proc/self/mountinfo")
+		if err != nil {
+			return err
+		}
+		again := false
+		for _, line := range strings.Split(string(b), "\n") {
+			f := strings.Fields(line)
+			if len(f) > 4 && (strings.HasPrefix(f[4]+"/", n.RunDir+"/") || strings.HasPrefix(f[4]+"/", n.Dir+"/")) {
+				again = true
+				if err := unix.Unmount(f[4], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+					return fmt.Errorf("unmount %s: %w", f[4], err)
+				}
+			}
+		}
+		if !again {
+			return nil
+		}
+	}
+	return errors.New("node: mounts come back")
+}
+
+// Rows returns the keys of all rows of the book as "table/key", without the
+// book's own bookkeeping. berthd must not run.
+func (n *Node) Rows() ([]string, error) {
+	db, err := bbolt.Open(filepath.Join(n.StateDir, "book.db"), 0o600, &bbolt.Options{ReadOnly: true, Timeout: time.Second})
+	if err != nil {
+		return nil, fmt.Errorf("book: %w", err)
+	}
+	defer db.Close()
+	var rows []string
+	err = db.View(func(tx *bbolt.Tx) error {
+		return tx.ForEach(func(table []byte, b *bbolt.Bucket) error {
+			if string(table) == "meta" {
+				return nil
+			}
+			return b.ForEach(func(k, v []byte) error {
+				if v != nil {
+					rows = append(rows, fmt.Sprintf("row: %s/%s", table, k))
+				}
+				return nil
+			})
+		})
+	})
+	return rows, err
+}
+
+// Clean removes all pods, then looks for whatever else is left since before,
+// in the book too, and returns it. berthd is stopped at the end.
+func (n *Node) Clean(ctx context.Context, before Marks) ([]string, error) {
+	c, err := n.Client()
+	if err != nil {
+		return nil, err
+	}
+	if err := c.DestroyAll(ctx, true); err != nil {
+		return nil, err
+	}
+	left, err := n.Settle(ctx, before, 5*time.Second)
+	if err != nil {
+		return left, err
+	}
+	if err := n.Stop(ctx); err != nil {
+		return left, err
+	}
+	rows, err := n.Rows()
+	for _, r := range rows {
+		if containsAny(r, n.ids.list()) {
+			left = append(left, r)
+		}
+	}
+	return left, err
+}
