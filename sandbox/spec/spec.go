@@ -18,7 +18,7 @@
 // # Caveats
 //
 // Mount sources and device nodes must be resolved before they come here. The
-// inheritable capability set is always empty. Data of the image (labels, for
+// inheritable capability set is empty unless ambient capabilities are asked for. Data of the image (labels, for
 // one) never becomes an annotation: a runtime may act on annotations.
 // Sysctls are not part of the specification either, since a pod's namespaces
 // are set up once and before its first container.
@@ -116,11 +116,6 @@ type Container struct {
 	OOMScoreMin *int
 }
 
-// Build returns the OCI runtime specification of c, for runc 1.1 or later and
-// its peers. The result shares no memory with c that it may change. Errors wrap
-// [ErrInvalid] and name the CRI field, the value and the limit.
-func Build(c Container) (*specs.Spec, error) { return nil, nil }
-
 // InitPod is the input of [Init].
 type InitPod struct {
 	PodID             string
@@ -134,53 +129,3 @@ type InitPod struct {
 	OOMScoreMin       *int
 	Annotations       map[string]string
 }
-
-// Init returns the specification of a pod's init process.
-func Init(p InitPod) (*specs.Spec, error) { return nil, nil }
-
-// Process returns the process of an exec.
-func Process(base *specs.Process, cmd []string, tty bool) *specs.Process { return nil }
-
-// User is the identity of a container's process.
-type User struct {
-	UID, GID       uint32
-	AdditionalGIDs []uint32 // sorted, GID first
-}
-
-// ResolveUser decides who runs a container.
-func ResolveUser(sc *runtime.LinuxContainerSecurityContext, imageUser string, passwd, group []byte) (User, error) {
-	return User{}, nil
-}
-
-// Capabilities returns the capability sets of a container; Bounding is what
-// [DefaultSeccomp] wants to know.
-func Capabilities(sc *runtime.LinuxContainerSecurityContext, h Host) (*specs.LinuxCapabilities, error) {
-	return nil, nil
-}
-
-// DefaultSeccomp returns berth's own profile.
-func DefaultSeccomp(caps []string, arch string) *specs.LinuxSeccomp { return nil }
-
-// ParseSeccomp reads a profile.
-func ParseSeccomp(data []byte) (*specs.LinuxSeccomp, error) { return nil, nil }
-
-// ResolveResources translates CRI resources.
-func ResolveResources(r *runtime.LinuxContainerResources, h Host) (*specs.LinuxResources, error) {
-	return nil, nil
-}
-
-// MergeResources returns old with what update sets.
-func MergeResources(old, update *runtime.LinuxContainerResources) *runtime.LinuxContainerResources {
-	return nil
-}
-
-// AppArmor returns the profile that a container asks for.
-func AppArmor(sc *runtime.LinuxContainerSecurityContext, enabled bool, defaultProfile string) (string, error) {
-	return "", nil
-}
-
-// StopSignal returns the number of the signal that stops a container.
-func StopSignal(cfg runtime.Signal, image string) (int, error) { return 0, nil }
-
-// ImageUser returns what an image status says about the user of an image.
-func ImageUser(user string) (uid *int64, name string) { return nil, "" }
