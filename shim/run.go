@@ -116,7 +116,7 @@ func reap(pid, pidfd int) {
 	}
 }
 
-// ListShims returns the shims whose socket is in runDir, by container ID, with
+// ListShims returns the shims whose socket is below runDir, by container ID, with
 // their process IDs. It reads /proc, so that it finds those, too, whose socket
 // is not up yet or already removed. As a process inside a container can choose
 // its command line, only processes in the caller's mount namespace count.
@@ -134,7 +134,7 @@ func ListShims(runDir string) (map[string]int, error) {
 	if err != nil {
 		return nil, fmt.Errorf("shim list: %w", err)
 	}
-	runDir = filepath.Clean(runDir)
+	runDir = filepath.Clean(runDir) + "/"
 	shims := map[string]int{}
 	for _, name := range names {
 		pid, err := strconv.Atoi(name)
@@ -142,7 +142,7 @@ func ListShims(runDir string) (map[string]int, error) {
 			continue
 		}
 		socket, id := shimCommand(name)
-		if id == "" || filepath.Dir(socket) != runDir {
+		if id == "" || !strings.HasPrefix(socket, runDir) {
 			continue
 		}
 		if ns, err := os.Readlink("/proc/" + name + "/ns/mnt"); err == nil && ns == own {
