@@ -1,0 +1,124 @@
+package cni
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// orphanGrace is how long killed orphans are waited for. One that is stuck in
+// the kernel longer does not hold up the start.
+const orphanGrace = 2 * time.Second
+
+// killOrphans ends the plugins of an earlier daemon on the same cache directory.
+// That daemon was killed in the middle of a verb; the plugin, in its own process
+// group, works on and could give an address to a pod whose DEL is under way.
+//
+// Whoever started a session of its own (a plugin's daemon) is left alone.
+func killOrphans(mark string) (killed int) {
+	procs, err := os.ReadDir("/proc")
+	if err != nil {
+		return 0
+	}
+	var fds []int
+	for _, p := range procs {
+		pid, err := strconv.Atoi(p.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		if fd, ok := killIfMarked(pid, mark); ok {
+			fds = append(fds, fd)
+		}
+	}
+	deadline := time.Now().Add(orphanGrace)
+	for _, fd := range fds {
+		for {
+			left := time.Until(deadline)
+			if left <= 0 {
+				break
+			}
+			// A pidfd is readable once the process has ended.
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
+			if err != unix.EINTR || n > 0 {
+				break
+			}
+		}
+		unix.Close(fd)
+	}
+	return len(fds)
+}
+
+// killIfMarked kills the process if it is a plugin of that mark. The pidfd comes
+// first, so that what was looked at is what is killed. The caller closes it.
+func killIfMarked(pid int, mark string) (fd int, ok bool) {
+	env, err := readBounded(fmt.Sprintf("/proc/%d/environ", pid), maxOutput)
+	if err != nil || !marked(env, mark) {
+		return -1, false
+	}
+	fd, err = unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return -1, false
+	}
+	env, err = readBounded(fmt.Sprintf("/proc/%d/environ", pid), maxOutput)
+	if err == nil && marked(env, mark) && !leadsSession(pid) && unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil {
+		return fd, true
+	}
+	unix.Close(fd)
+	return -1, false
+}
+
+// marked looks for the mark in an environment as /proc shows it.
+func marked(environ []byte, mark string) bool {
+	want := []byte(markEnv + "=" + mark)
+	for kv := range bytes.SplitSeq(environ, []byte{0}) {
+		if bytes.Equal(kv, want) {
+			return true
+		}
+	}
+	return false
+}
+
+// leadsSession tells whether the process is in the first group of its session,
+// as a daemon is and a plugin's group is not.
+func leadsSession(pid int) bool {
+	stat, err := readBounded(fmt.Sprintf("/proc/%d/stat", pid), 4096)
+	if err != nil {
+		return true
+	}
+	// The command, in parentheses, may contain anything, so count from its end:
+	// state, ppid, pgrp, session (proc_pid_stat(5)).
+	_, rest, _ := strings.Cut(string(stat[max(0, bytes.LastIndexByte(stat, ')')):]), " ")
+	f := strings.Fields(rest)
+	return len(f) < 4 || f[2] == f[3]
+}
+
+// readBounded reads a regular file of at most limit bytes. It does not wait for
+// the writer of a pipe that somebody put in its place.
+func readBounded(path string, limit int64) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !fi.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: not a regular file", path)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(b)) > limit {
+		return nil, fmt.Errorf("%s: more than %d bytes", path, limit)
+	}
+	return b, nil
+}
