@@ -1,0 +1,486 @@
+package sandbox
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	goruntime "runtime"
+	"slices"
+	"strconv"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/klog/v2"
+
+	"github.com/berthd/berth/cni/netns"
+	"github.com/berthd/berth/imageservice"
+	"github.com/berthd/berth/sandbox/cgroup"
+	"github.com/berthd/berth/sandbox/spec"
+	"github.com/berthd/berth/shim"
+	"github.com/berthd/berth/snapshotter"
+	"github.com/berthd/berth/store"
+)
+
+// Where a container keeps its things: the bundle and the shim's socket in the run
+// directory, the exit record in the state directory, so that it outlives a
+// reboot.
+func (s *Service) bundleDir(id string) string { return filepath.Join(s.cfg.RunDir, "c", id) }
+func (s *Service) socket(id string) string    { return filepath.Join(s.cfg.RunDir, "s", id) }
+func (s *Service) stateDir(id string) string  { return filepath.Join(s.cfg.StateDir, "containers", id) }
+func (s *Service) exitFile(id string) string  { return filepath.Join(s.stateDir(id), "exit") }
+
+func (s *Service) removeBundle(id string) error { return os.RemoveAll(s.bundleDir(id)) }
+
+// CreateContainer makes a container in a ready pod and returns its ID. One of
+// the same name and attempt that exists and has not exited is the result; one
+// that is being made is joined.
+func (s *Service) CreateContainer(ctx context.Context, podID string, cfg *runtime.ContainerConfig, podCfg *runtime.PodSandboxConfig) (string, error) {
+	p, err := s.book.view().pod(podID)
+	if err != nil {
+		return "", err
+	}
+	plan, err := s.planContainer(p, cfg, podCfg)
+	if err != nil {
+		return "", err
+	}
+	key := containerKey(p.ID, cfg)
+	return s.ops.do(ctx, "create container", key, s.cfg.ContainerTimeout, func(ctx context.Context, o *op) (string, error) {
+		for _, c := range s.book.view().byPod[p.ID] {
+			if c.listed() && c.State != StateExited && containerKey(p.ID, c.config) == key {
+				return c.ID, nil
+			}
+		}
+		return s.createContainer(ctx, o, plan)
+	})
+}
+
+// containerPlan is a validated request to make a container, and what becomes
+// known of it on the way.
+type containerPlan struct {
+	pod    *pod
+	row    containerRow
+	config *runtime.ContainerConfig
+	image  imageservice.Image
+	rt     *ociRuntime
+	group  cgroup.Group
+	in     spec.Container
+	mounts []snapshotter.Mount
+}
+
+// planContainer checks what can be checked before anything is done.
+func (s *Service) planContainer(p *pod, cfg *runtime.ContainerConfig, podCfg *runtime.PodSandboxConfig) (*containerPlan, error) {
+	if cfg.GetMetadata().GetName() == "" {
+		return nil, fmt.Errorf("%w: metadata.name: must not be empty", ErrInvalid)
+	}
+	if p.State != StateReady {
+		return nil, fmt.Errorf("%w: pod %s is not ready", ErrState, p.ID)
+	}
+	sc := cfg.GetLinux().GetSecurityContext()
+	if sc.GetPrivileged() && !p.config.GetLinux().GetSecurityContext().GetPrivileged() {
+		return nil, fmt.Errorf("%w: linux.security_context.privileged: true: the pod is not privileged", ErrInvalid)
+	}
+	image, err := s.deps.Images.Get(cfg.GetImage().GetImage())
+	if err != nil {
+		return nil, fmt.Errorf("image.image: %w", err)
+	}
+	rt, err := s.handler(p.Handler)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := proto.Marshal(cfg)
+	if err != nil || len(raw) > maxConfig {
+		return nil, fmt.Errorf("%w: config: %d bytes, limit %d: %w", ErrInvalid, len(raw), maxConfig, err)
+	}
+	id := newID()
+	oci, err := cgroup.OCIPath(s.cfg.CgroupDriver, p.config.GetLinux().GetCgroupParent(), id)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
+	logPath, err := containerLog(p, cfg, podCfg)
+	if err != nil {
+		return nil, err
+	}
+	stop, err := spec.StopSignal(cfg.GetStopSignal(), image.Config.StopSignal)
+	if err != nil {
+		return nil, err
+	}
+	plan := &containerPlan{pod: p, config: cfg, image: image, rt: rt, group: s.hier.Group(s.cfg.CgroupDriver, oci)}
+	plan.row = containerRow{ID: id, PodID: p.ID, State: StateCreating, Config: raw, BootID: s.cfg.BootID,
+		Handler: p.Handler, ImageID: image.ID, ImageRef: cfg.GetImage().GetImage(), CgroupPath: oci, LogPath: logPath,
+		StopSignal: stop}
+	plan.row.ImageName, plan.row.ImageDigest = imageNames(image, plan.row.ImageRef)
+	if res := cfg.GetLinux().GetResources(); res != nil {
+		if plan.row.Resources, err = proto.Marshal(res); err != nil {
+			return nil, fmt.Errorf("%w: linux.resources: %w", ErrInvalid, err)
+		}
+	}
+	return plan, s.planSpec(plan)
+}
+
+// planSpec gathers what the OCI specification is built from, but for the user,
+// who is looked up in the container's file system.
+func (s *Service) planSpec(plan *containerPlan) error {
+	p, cfg := plan.pod, plan.config
+	sc := cfg.GetLinux().GetSecurityContext()
+	host := s.host
+	if f, err := plan.rt.probe(context.Background()); err != nil {
+		return err
+	} else if !f.recursiveReadOnly() {
+		host.RRO = false
+	}
+	in := spec.Container{ID: plan.row.ID, PodID: p.ID, Pod: p.config, Config: cfg, Host: host,
+		Image: spec.Image{Env: plan.image.Config.Env, Entrypoint: plan.image.Config.Entrypoint, Cmd: plan.image.Config.Cmd,
+			WorkingDir: plan.image.Config.WorkingDir, User: plan.image.Config.User, StopSignal: plan.image.Config.StopSignal},
+		CgroupsPath: plan.row.CgroupPath, OOMScoreMin: &s.oomFloor,
+		HostsFile: s.podFile(p.ID, fileHosts), ResolvConf: s.podFile(p.ID, fileResolv),
+		HostnameFile: s.podFile(p.ID, fileHostname), ShmDir: s.shmDir(p)}
+	var err error
+	if in.Hostname, err = hostnameOf(p.config, p.HostNetwork); err != nil {
+		return err
+	}
+	if err := s.namespaces(plan, &in); err != nil {
+		return err
+	}
+	if in.Mounts, err = gatherMounts(cfg.GetMounts(), host); err != nil {
+		return err
+	}
+	if in.Devices, err = gatherDevices(cfg.GetDevices(), sc.GetPrivileged()); err != nil {
+		return err
+	}
+	caps, err := spec.Capabilities(sc, host)
+	if err != nil {
+		return err
+	}
+	in.Seccomp, err = loadSeccomp(sc.GetSeccomp(), sc.GetSeccompProfilePath(), sc.GetPrivileged(), caps.Bounding) //nolint:staticcheck // older kubelets set the deprecated field
+	if err != nil {
+		return err
+	}
+	if in.AppArmor, err = spec.AppArmor(sc, false, ""); err != nil {
+		return err
+	}
+	plan.in = in
+	return nil
+}
+
+// namespaces decides which namespaces the container joins.
+func (s *Service) namespaces(plan *containerPlan, in *spec.Container) error {
+	p, opts := plan.pod, plan.config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	pin := func(host bool, k netns.Kind) spec.Namespace {
+		if host {
+			return spec.Namespace{Host: true}
+		}
+		return spec.Namespace{Path: s.deps.Pins.Path(p.ID, k)}
+	}
+	in.Network = pin(p.HostNetwork, netns.Net)
+	in.UTS = pin(p.HostNetwork, netns.UTS)
+	in.IPC = pin(p.hostIPC(), netns.IPC)
+	switch opts.GetPid() {
+	case runtime.NamespaceMode_POD:
+		in.PID = spec.Namespace{Path: s.deps.Pins.Path(p.ID, pidKind)}
+	case runtime.NamespaceMode_CONTAINER:
+		plan.row.PrivatePID = true
+	case runtime.NamespaceMode_NODE:
+		in.PID = spec.Namespace{Host: true}
+	case runtime.NamespaceMode_TARGET:
+		t, err := s.book.view().container(opts.GetTargetId())
+		if err != nil {
+			return fmt.Errorf("%w: linux.security_context.namespace_options.target_id: %w", ErrInvalid, err)
+		}
+		if t.PodID != p.ID || t.State != StateRunning {
+			return fmt.Errorf("%w: linux.security_context.namespace_options.target_id: %s is not a running container of this pod", ErrInvalid, t.ID)
+		}
+		in.PID = spec.Namespace{Path: "/proc/" + strconv.Itoa(t.Pid) + "/ns/pid"}
+	default:
+		return fmt.Errorf("%w: linux.security_context.namespace_options.pid: %v", ErrInvalid, opts.GetPid())
+	}
+	return nil
+}
+
+// containerLog is where the container's log goes, "" for nowhere. The directory
+// is the pod's and has to exist; what log_path has below it is made.
+func containerLog(p *pod, cfg *runtime.ContainerConfig, podCfg *runtime.PodSandboxConfig) (string, error) {
+	dir := p.config.GetLogDirectory()
+	if dir == "" {
+		dir = podCfg.GetLogDirectory()
+	}
+	if dir == "" || cfg.GetLogPath() == "" {
+		return "", nil
+	}
+	if !filepath.IsAbs(dir) {
+		return "", fmt.Errorf("%w: log_directory: %q is not absolute", ErrInvalid, dir)
+	}
+	if !filepath.IsLocal(cfg.GetLogPath()) {
+		return "", fmt.Errorf("%w: log_path: %q does not stay below log_directory", ErrInvalid, cfg.GetLogPath())
+	}
+	if fi, err := os.Stat(dir); err != nil {
+		return "", fmt.Errorf("%w: log_directory: %w", ErrInvalid, err)
+	} else if !fi.IsDir() {
+		return "", fmt.Errorf("%w: log_directory: %q is not a directory", ErrInvalid, dir)
+	}
+	return filepath.Join(dir, cfg.GetLogPath()), nil
+}
+
+// makeLogDir makes the directories between the log directory and the log,
+// following no link out of it.
+func makeLogDir(plan *containerPlan) error {
+	sub := filepath.Dir(plan.config.GetLogPath())
+	if plan.row.LogPath == "" || sub == "." {
+		return nil
+	}
+	dir := plan.row.LogPath[:len(plan.row.LogPath)-len(filepath.Clean(plan.config.GetLogPath()))]
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return fmt.Errorf("log_directory: %w", err)
+	}
+	defer root.Close()
+	if err := root.MkdirAll(sub, 0o755); err != nil {
+		return fmt.Errorf("log_path: %w", err)
+	}
+	return nil
+}
+
+func (s *Service) createContainer(ctx context.Context, o *op, plan *containerPlan) (string, error) {
+	id := plan.row.ID
+	plan.row.Created = s.book.now()
+	if _, err := s.book.insertContainer(plan.row); err != nil {
+		return "", err
+	}
+	log, ctx := logFor(ctx, "pod", podKey(plan.pod.config), "container", plan.config.GetMetadata().GetName(), "containerID", id)
+	begun := time.Now()
+	var launched shim.Launched
+	err := o.steps(ctx, []step{
+		{"log", func(context.Context) error { return makeLogDir(plan) }},
+		{"init", func(ctx context.Context) error {
+			if plan.in.PID.Path != s.deps.Pins.Path(plan.pod.ID, pidKind) {
+				return nil
+			}
+			return s.ensureInit(ctx, plan.pod.ID)
+		}},
+		{"snapshot", func(ctx context.Context) (err error) {
+			plan.mounts, err = s.deps.Snapshots.Prepare(ctx, id, plan.image.ChainID)
+			return err
+		}},
+		{"user", func(context.Context) error { return s.resolveUser(plan) }},
+		{"bundle", func(context.Context) error { return s.writeBundle(plan) }},
+		{"launch", func(ctx context.Context) (err error) { launched, err = s.launch(ctx, plan); return err }},
+		{"created", func(context.Context) error { return s.created(plan, launched) }},
+	})
+	if err != nil {
+		undo, cancel := cleanup(ctx, undoTimeout)
+		defer cancel()
+		if e := s.destroyContainer(undo, o, id); e != nil {
+			log.Error(e, "Container half made is left for later")
+			s.kick()
+		}
+		return "", fmt.Errorf("container %s in pod %s: %w", plan.config.GetMetadata().GetName(), podKey(plan.pod.config), err)
+	}
+	log.V(2).Info("Container created", "image", plan.row.ImageRef, "pid", launched.Pid, "took", time.Since(begun))
+	return id, nil
+}
+
+// resolveUser finds out who the container runs as, from the files of its image.
+func (s *Service) resolveUser(plan *containerPlan) error {
+	root, err := snapshotter.OpenRoot(plan.mounts)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	passwd, group, err := readUserDB(root)
+	if err != nil {
+		return err
+	}
+	u, err := spec.ResolveUser(plan.config.GetLinux().GetSecurityContext(), plan.image.Config.User, passwd, group)
+	if err != nil {
+		return err
+	}
+	plan.in.User = u
+	plan.row.User = rowUser{UID: u.UID, GID: u.GID, Groups: u.AdditionalGIDs}
+	return nil
+}
+
+// writeBundle writes what the OCI runtime reads, and the note.
+func (s *Service) writeBundle(plan *containerPlan) error {
+	sp, err := spec.Build(plan.in)
+	if err != nil {
+		return err
+	}
+	if err := os.Mkdir(s.stateDir(plan.row.ID), 0o700); err != nil {
+		return err
+	}
+	return writeBundle(s.bundleDir(plan.row.ID), sp)
+}
+
+func writeBundle(dir string, sp *specs.Spec) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	if err := os.Mkdir(filepath.Join(dir, "rootfs"), 0o700); err != nil {
+		return err
+	}
+	text, err := json.Marshal(sp)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "config.json"), text, 0o600)
+}
+
+// launch starts the shim, which has the runtime create the container.
+func (s *Service) launch(ctx context.Context, plan *containerPlan) (shim.Launched, error) {
+	l := s.launchOf(plan.row.ID, s.bundleDir(plan.row.ID), plan.rt, plan.group)
+	l.ExitFile, l.LogPath = s.exitFile(plan.row.ID), plan.row.LogPath
+	l.Terminal, l.Stdin, l.StdinOnce = plan.config.GetTty(), plan.config.GetStdin(), plan.config.GetStdinOnce()
+	l.PrivatePID = plan.row.PrivatePID
+	dir, mounts := snapshotter.Compact(plan.mounts)
+	for _, m := range mounts {
+		l.Mounts = append(l.Mounts, shim.Mount{Type: m.Type, Source: m.Source, Options: m.Options, Dir: dir})
+	}
+	c, launched, err := shim.Run(ctx, s.cfg.ShimBinary, l)
+	if err != nil {
+		return launched, err
+	}
+	s.watch(plan.row.ID, s.live.put(plan.row.ID, c))
+	return launched, nil
+}
+
+// launchOf fills in what is the same for containers and inits.
+func (s *Service) launchOf(id, bundle string, rt *ociRuntime, group cgroup.Group) shim.Launch {
+	path := rt.path
+	if f, err := rt.probe(context.Background()); err == nil {
+		path = f.Path
+	}
+	return shim.Launch{ID: id, Bundle: bundle, Runtime: path, RuntimeRoot: rt.root, SystemdCgroup: rt.systemd,
+		Socket: s.socket(id), ExitFile: filepath.Join(bundle, "exit"), Rootfs: filepath.Join(bundle, "rootfs"),
+		OOMFile: group.OOMFile(), CgroupKill: group.Dirs(), MaxLogLine: s.cfg.MaxLogLine, DrainTimeout: s.cfg.ExecDrain}
+}
+
+// created makes the container usable, unless its pod was stopped meanwhile.
+func (s *Service) created(plan *containerPlan, launched shim.Launched) error {
+	_, err := s.book.updateContainer(plan.row.ID, func(tx *store.Tx, r *containerRow) error {
+		if err := podReady(tx, r.PodID); err != nil {
+			return err
+		}
+		// An init that was killed at once may have been recorded as exited.
+		if r.State == StateCreating {
+			r.State = StateCreated
+		}
+		r.Pid, r.ShimPid, r.User = launched.Pid, launched.ShimPID, plan.row.User
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return s.writeNote(plan.row.ID)
+}
+
+// StartContainer runs what was created. One that runs already is no error.
+func (s *Service) StartContainer(ctx context.Context, id string) error {
+	c, err := s.book.view().container(id)
+	if err != nil {
+		return err
+	}
+	_, err = s.ops.do(ctx, "start container", c.ID, s.cfg.ContainerTimeout, func(ctx context.Context, o *op) (string, error) {
+		return "", s.startContainer(ctx, o, c.ID)
+	})
+	return err
+}
+
+func (s *Service) startContainer(ctx context.Context, o *op, id string) error {
+	c, err := s.book.view().container(id)
+	if err != nil {
+		return err
+	}
+	switch c.State {
+	case StateRunning:
+		return nil
+	case StateExited:
+		return fmt.Errorf("%w: container %s has exited", ErrState, id)
+	}
+	p, err := s.book.view().pod(c.PodID)
+	if err != nil || p.State != StateReady {
+		return fmt.Errorf("%w: pod %s of container %s is not ready", ErrState, c.PodID, id)
+	}
+	log, ctx := logFor(ctx, "pod", podKey(p.config), "container", c.config.GetMetadata().GetName(), "containerID", id)
+	err = o.steps(ctx, []step{
+		{"start", func(ctx context.Context) error {
+			client, err := s.client(ctx, id)
+			if err != nil {
+				return err
+			}
+			return client.Start(ctx)
+		}},
+		{"running", func(context.Context) error { return s.markRunning(id) }},
+	})
+	if err != nil {
+		s.startFailed(ctx, id, err)
+		return fmt.Errorf("container %s in pod %s: %w", c.config.GetMetadata().GetName(), podKey(p.config), err)
+	}
+	log.V(2).Info("Container running", "pid", c.Pid)
+	return nil
+}
+
+// markRunning records the start. A process that has ended already, and whose exit
+// is in the book, keeps it and gets its start time.
+func (s *Service) markRunning(id string) error {
+	_, err := s.book.updateContainer(id, func(_ *store.Tx, r *containerRow) error {
+		switch r.State {
+		case StateCreated:
+			r.State = StateRunning
+			r.Started = after(r.Created)
+		case StateExited:
+			if r.Started == 0 {
+				r.Started = after(r.Created)
+				r.Finished = max(r.Finished, r.Started)
+			}
+		}
+		return nil
+	})
+	return err
+}
+
+// reasonStart is the reason of a container that could not be started.
+const reasonStart = "StartError"
+
+// startFailed ends a container that could not be started. The kubelet makes a
+// new one instead of starting it again.
+func (s *Service) startFailed(ctx context.Context, id string, cause error) {
+	undo, cancel := cleanup(ctx, undoTimeout)
+	defer cancel()
+	_, err := s.book.updateContainer(id, func(_ *store.Tx, r *containerRow) error {
+		if r.State == StateCreated {
+			r.Reason, r.Message = reasonStart, cause.Error() // kept by markExited
+		}
+		return nil
+	})
+	if err == nil {
+		err = s.kill(undo, id)
+	}
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		klog.FromContext(ctx).Error(err, "Container that did not start is not ended")
+	}
+}
+
+// initArch is the architecture that the init's seccomp profile is for.
+const initArch = goruntime.GOARCH
+
+// imageNames chooses the name and the digest under which a container's status
+// shows its image.
+func imageNames(image imageservice.Image, ref string) (name, digest string) {
+	digest = image.ID
+	if len(image.RepoDigests) > 0 {
+		digest = image.RepoDigests[0]
+	}
+	switch {
+	case slices.Contains(image.RepoTags, ref) || slices.Contains(image.RepoDigests, ref):
+		return ref, digest
+	case len(image.RepoTags) > 0:
+		return image.RepoTags[0], digest
+	case len(image.RepoDigests) > 0:
+		return image.RepoDigests[0], digest
+	}
+	return ref, digest
+}

@@ -1,0 +1,289 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/berthd/berth/sandbox/cgroup"
+	"github.com/berthd/berth/shim"
+	"github.com/berthd/berth/snapshotter"
+	"github.com/berthd/berth/store"
+)
+
+func parentDir(p string) string { return filepath.Dir(p) }
+
+// teardown ends everything in the pod that is alive: containers, init, network,
+// namespaces. Its files and rows stay. It is all of StopPodSandbox and the first
+// half of destroyPod, and idempotent.
+func (s *Service) teardown(ctx context.Context, o *op, id string) error {
+	p, err := s.book.updatePod(id, func(r *podRow) error {
+		// Not ready from here on: insertContainer refuses new containers.
+		if r.State == StateReady {
+			r.State = StateNotReady
+		}
+		r.Stopping = true
+		return nil
+	})
+	if errors.Is(err, store.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if p.Torn {
+		return nil
+	}
+	err = o.allSteps(ctx, []step{
+		{"containers", func(ctx context.Context) error { return s.killContainers(ctx, id) }},
+		{"init", func(ctx context.Context) error { return s.destroyInit(ctx, p) }},
+		{"network", func(ctx context.Context) error { return s.detach(ctx, p) }},
+	})
+	if err != nil {
+		return err // the namespaces stay for the next try of CNI DEL
+	}
+	err = o.allSteps(ctx, []step{
+		{"namespaces", func(context.Context) error { return s.deps.Pins.Destroy(id) }},
+		{"cgroup", func(context.Context) error { return cgroup.RemoveEmpty(p.Cgroups...) }},
+	})
+	if err != nil {
+		return err
+	}
+	_, err = s.book.updatePod(id, func(r *podRow) error {
+		if r.State == StateNotReady {
+			r.Torn = true
+		}
+		return nil
+	})
+	return err
+}
+
+// destroyPod undoes a pod, whatever of it exists.
+func (s *Service) destroyPod(ctx context.Context, o *op, id string) error {
+	_, err := s.book.updatePod(id, func(r *podRow) error { r.Removing = true; return nil })
+	if errors.Is(err, store.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	err = o.allSteps(ctx, []step{
+		{"teardown", func(ctx context.Context) error { return s.teardown(ctx, o, id) }},
+		{"containers", func(ctx context.Context) error { return s.removeContainers(ctx, id) }},
+	})
+	if err == nil {
+		err = o.steps(ctx, []step{
+			{"files", func(context.Context) error { return s.removePodFiles(id) }},
+			{"row", func(context.Context) error { return s.book.deletePod(id) }},
+		})
+	}
+	if err != nil {
+		s.noteFailure(ctx, id, err)
+	}
+	return err
+}
+
+// noteFailure records why destroy did not succeed; best effort.
+func (s *Service) noteFailure(ctx context.Context, id string, cause error) {
+	_, err := s.book.updatePod(id, func(r *podRow) error { r.Failure = cause.Error(); return nil })
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		klog.FromContext(ctx).Error(err, "Failure of destroy not recorded", "podID", id)
+	}
+}
+
+// detachError is a failed CNI DEL. It does not keep a pod from going away as far
+// as its user can see: the row stays, and the janitor tries again.
+type detachError struct{ err error }
+
+func (e *detachError) Error() string { return "network not released yet: " + e.err.Error() }
+func (e *detachError) Unwrap() error { return e.err }
+
+// onlyDetach tells whether err says no more than that the network has not been
+// released.
+func onlyDetach(err error) bool {
+	if list, ok := err.(interface{ Unwrap() []error }); ok && !isDetach(err) {
+		for _, e := range list.Unwrap() {
+			if !onlyDetach(e) {
+				return false
+			}
+		}
+		return true
+	}
+	if e := errors.Unwrap(err); e != nil && !isDetach(err) {
+		return onlyDetach(e)
+	}
+	return isDetach(err)
+}
+
+// isDetach tells whether err is detach's own, not something that wraps it.
+func isDetach(err error) bool {
+	_, ok := err.(*detachError)
+	return ok
+}
+
+// detach releases the network and records it.
+func (s *Service) detach(ctx context.Context, p *pod) error {
+	if !p.Attached {
+		return nil
+	}
+	if err := s.deps.Network.Detach(ctx, s.cniPod(p)); err != nil {
+		return &detachError{err}
+	}
+	_, err := s.book.updatePod(p.ID, func(r *podRow) error { r.Attached = false; return nil })
+	return err
+}
+
+// killContainers makes sure that no container of the pod runs, also one that is
+// still being made.
+func (s *Service) killContainers(ctx context.Context, podID string) error {
+	return parallel(s.book.view().byPod[podID], 16, func(c *container) error {
+		if c.State == StateCreating {
+			if err := s.ops.wait(ctx, "create container", containerKey(podID, c.config)); err != nil {
+				return err
+			}
+		}
+		return s.kill(ctx, c.ID)
+	})
+}
+
+func (s *Service) removeContainers(ctx context.Context, podID string) error {
+	return parallel(s.book.view().byPod[podID], 16, func(c *container) error {
+		if c.State == StateCreating {
+			if err := s.ops.wait(ctx, "create container", containerKey(podID, c.config)); err != nil {
+				return err
+			}
+		}
+		return s.destroyContainerOp(ctx, c.ID)
+	})
+}
+
+// destroyContainerOp is destroyContainer as an operation of its own.
+func (s *Service) destroyContainerOp(ctx context.Context, id string) error {
+	_, err := s.ops.do(ctx, "remove container", id, s.cfg.ContainerTimeout, func(ctx context.Context, o *op) (string, error) {
+		if err := s.destroyContainer(ctx, o, id); err != nil {
+			s.kick()
+			return "", fmt.Errorf("container %s: %w", id, err)
+		}
+		return "", nil
+	})
+	return err
+}
+
+// destroyContainer undoes a container, whatever of it exists.
+func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error {
+	c, err := s.book.updateContainer(id, func(_ *store.Tx, r *containerRow) error { r.Removing = true; return nil })
+	if errors.Is(err, store.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	rt, err := s.handler(c.Handler)
+	if err != nil {
+		return err
+	}
+	err = o.steps(ctx, []step{
+		{"process", func(ctx context.Context) error {
+			return s.endProcesses(ctx, rt, id, c.ShimPid, s.hier.Group(s.cfg.CgroupDriver, c.CgroupPath))
+		}},
+		{"bundle", func(context.Context) error { return s.removeBundle(id) }},
+		{"snapshot", func(ctx context.Context) error {
+			err := s.deps.Snapshots.Remove(ctx, id)
+			if errors.Is(err, snapshotter.ErrNotFound) {
+				return nil
+			}
+			return err
+		}},
+		{"state", func(context.Context) error { return os.RemoveAll(s.stateDir(id)) }},
+		{"row", func(context.Context) error { return s.book.deleteContainer(id) }},
+	})
+	if err != nil {
+		_, e := s.book.updateContainer(id, func(_ *store.Tx, r *containerRow) error { r.Failure = err.Error(); return nil })
+		return errors.Join(err, e)
+	}
+	s.live.drop(id)
+	s.stats.drop(id)
+	return nil
+}
+
+// endProcesses ends the shim and all processes of a container or init, and has
+// the runtime forget it. It works without a shim, and without a runtime if no
+// state of it is left. A shimPid of zero means that nobody knows it.
+func (s *Service) endProcesses(ctx context.Context, rt *ociRuntime, id string, shimPid int, group cgroup.Group) error {
+	if err := s.endShim(ctx, id, shimPid); err != nil {
+		return err
+	}
+	if group.Exists() {
+		if err := group.Kill(ctx); err != nil {
+			return fmt.Errorf("cgroup: %w", err)
+		}
+	}
+	if err := rt.delete(ctx, id); err != nil {
+		// A runtime that is killed while it writes leaves state that it
+		// cannot read itself. Nothing runs any more, so it may go.
+		if procs, e := group.Procs(); e == nil && len(procs) > 0 {
+			return err
+		}
+		klog.FromContext(ctx).Info("Runtime state removed by hand", "id", id, "err", err)
+		if err := os.RemoveAll(filepath.Join(rt.root, id)); err != nil {
+			return fmt.Errorf("runtime state: %w", err)
+		}
+	}
+	if err := group.Remove(); err != nil {
+		return fmt.Errorf("cgroup: %w", err)
+	}
+	return nil
+}
+
+// shimGrace is how long a shim may take to end by itself.
+const shimGrace = 10 * time.Second
+
+// endShim has the shim kill its container and end, and kills it if it does not.
+func (s *Service) endShim(ctx context.Context, id string, pid int) error {
+	if c, err := s.client(ctx, id); err == nil {
+		wait, cancel := context.WithTimeout(ctx, shimGrace)
+		err := c.Shutdown(wait)
+		cancel()
+		if err != nil {
+			klog.FromContext(ctx).Info("Shim does not end by itself", "id", id, "err", err)
+		}
+		s.live.drop(id)
+	}
+	if err := s.killShim(ctx, id, pid); err != nil {
+		return fmt.Errorf("shim: %w", err)
+	}
+	if err := os.Remove(s.socket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("shim socket: %w", err)
+	}
+	return nil
+}
+
+// killShim kills the shim of that ID if one runs. Without its pid it is looked
+// for among all processes, which is what a crash in the middle of a launch needs.
+func (s *Service) killShim(ctx context.Context, id string, pid int) error {
+	for {
+		if pid == 0 {
+			shims, err := shim.ListShims(filepath.Dir(s.socket(id)))
+			if err != nil {
+				return err
+			}
+			pid = shims[id]
+		}
+		if pid == 0 || !shim.Is(pid, s.socket(id), id) {
+			return nil
+		}
+		if err := killPid(pid); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%w: shim %d: %w", ErrStuck, pid, ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}

@@ -1,0 +1,195 @@
+package sandbox
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/berthd/berth/sandbox/spec"
+	"github.com/berthd/berth/shim"
+	"github.com/berthd/berth/store"
+)
+
+// ExecSync runs a command in a running container and returns its output, each
+// stream up to the configured limit. A timeout of zero is none; when it passes,
+// the command and all it started are killed and the error is ErrTimeout. That the
+// command ends with a code other than zero is no error.
+func (s *Service) ExecSync(ctx context.Context, id string, cmd []string, timeout time.Duration) (*runtime.ExecSyncResponse, error) {
+	c, err := s.running(id)
+	if err != nil {
+		return nil, err
+	}
+	if len(cmd) == 0 {
+		return nil, fmt.Errorf("%w: cmd: must not be empty", ErrInvalid)
+	}
+	process, err := s.execProcess(c, cmd)
+	if err != nil {
+		return nil, err
+	}
+	client, err := s.client(ctx, c.ID)
+	if err != nil {
+		return nil, fmt.Errorf("container %s: exec: %w", c.ID, err)
+	}
+	res, err := client.Exec(ctx, shim.ExecRequest{Process: process, Timeout: timeout,
+		MaxOutput: s.cfg.ExecOutputLimit, Drain: s.cfg.ExecDrain})
+	if err != nil {
+		return nil, fmt.Errorf("container %s: %w", c.ID, err)
+	}
+	if res.TimedOut {
+		return nil, fmt.Errorf("%w: container %s: command %q did not end within %s and was killed", ErrTimeout, c.ID, cmd[0], timeout)
+	}
+	out := &runtime.ExecSyncResponse{Stdout: res.Stdout, Stderr: res.Stderr, ExitCode: int32(res.ExitCode)}
+	if res.StdoutTruncated || res.StderrTruncated {
+		note := fmt.Sprintf("\n[output cut off at %d bytes]\n", s.cfg.ExecOutputLimit)
+		out.Stderr = append(out.Stderr, note...)
+	}
+	return out, nil
+}
+
+func (s *Service) running(id string) (*container, error) {
+	c, err := s.book.view().container(id)
+	if err != nil {
+		return nil, err
+	}
+	if c.State != StateRunning {
+		return nil, fmt.Errorf("%w: container %s is %s, not running", ErrState, c.ID, c.State)
+	}
+	return c, nil
+}
+
+// execProcess is the OCI process of a command: the container's own, with another
+// command line. User, groups, capabilities and limits stay.
+func (s *Service) execProcess(c *container, cmd []string) ([]byte, error) {
+	sp, err := s.readSpec(c.ID)
+	if err != nil {
+		return nil, err
+	}
+	p := spec.Process(sp.Process, cmd, false)
+	out, err := json.Marshal(p)
+	if err != nil {
+		return nil, fmt.Errorf("container %s: exec: %w", c.ID, err)
+	}
+	return out, nil
+}
+
+// readSpec reads the OCI specification that a container was made with.
+func (s *Service) readSpec(id string) (*specs.Spec, error) {
+	text, err := readBounded(filepath.Join(s.bundleDir(id), "config.json"), maxConfig)
+	if err != nil {
+		return nil, fmt.Errorf("container %s: bundle: %w", id, err)
+	}
+	if len(text) == 0 {
+		return nil, fmt.Errorf("container %s: bundle: %w", id, os.ErrNotExist)
+	}
+	sp := new(specs.Spec)
+	if err := json.Unmarshal(text, sp); err != nil || sp.Process == nil {
+		return nil, fmt.Errorf("container %s: bundle: config.json: no process: %w", id, err)
+	}
+	return sp, nil
+}
+
+// ReopenLog has the shim open the log file anew after it was moved away.
+func (s *Service) ReopenLog(ctx context.Context, id string) error {
+	c, err := s.running(id)
+	if err != nil {
+		return err
+	}
+	client, err := s.client(ctx, c.ID)
+	if err != nil {
+		return fmt.Errorf("container %s: reopen log: %w", c.ID, err)
+	}
+	if err := client.ReopenLog(ctx); err != nil {
+		return fmt.Errorf("container %s: %w", c.ID, err)
+	}
+	return nil
+}
+
+// UpdateResources changes the limits of a container that has been created and
+// has not exited. All are set, or none.
+func (s *Service) UpdateResources(ctx context.Context, req *runtime.UpdateContainerResourcesRequest) error {
+	c, err := s.book.view().container(req.GetContainerId())
+	if err != nil {
+		return err
+	}
+	if req.GetLinux() == nil {
+		return fmt.Errorf("%w: linux: must be set", ErrInvalid)
+	}
+	_, err = s.ops.do(ctx, "update container", c.ID+fmt.Sprintf(" to %x", hashOf(req.GetLinux())), s.cfg.ContainerTimeout, func(ctx context.Context, o *op) (string, error) {
+		return "", s.updateResources(ctx, o, c.ID, req.GetLinux())
+	})
+	return err
+}
+
+func (s *Service) updateResources(ctx context.Context, o *op, id string, update *runtime.LinuxContainerResources) error {
+	c, err := s.book.view().container(id)
+	if err != nil {
+		return err
+	}
+	if c.State != StateCreated && c.State != StateRunning {
+		return fmt.Errorf("%w: container %s is %s", ErrState, id, c.State)
+	}
+	merged := spec.MergeResources(c.resources, update)
+	res, err := spec.ResolveResources(merged, s.host)
+	if err != nil {
+		return fmt.Errorf("container %s: %w", id, err)
+	}
+	raw, err := proto.Marshal(merged)
+	if err != nil {
+		return fmt.Errorf("container %s: %w", id, err)
+	}
+	rt, err := s.handler(c.Handler)
+	if err != nil {
+		return err
+	}
+	res.Devices = nil // device rules are not part of an update
+	err = o.steps(ctx, []step{
+		{"update", func(ctx context.Context) error { return rt.update(ctx, id, res) }},
+		{"record", func(context.Context) error {
+			_, err := s.book.updateContainer(id, func(_ *store.Tx, r *containerRow) error { r.Resources = raw; return nil })
+			return err
+		}},
+	})
+	if err != nil {
+		return errors.Join(fmt.Errorf("container %s: %w", id, err), s.restoreResources(ctx, rt, c))
+	}
+	return nil
+}
+
+// restoreResources sets the limits back to what the book says, after an update
+// that may have been carried out in part.
+func (s *Service) restoreResources(ctx context.Context, rt *ociRuntime, c *container) error {
+	if s.exited(c.ID) {
+		return nil
+	}
+	old, err := spec.ResolveResources(c.resources, s.host)
+	if err != nil || old == nil {
+		return err
+	}
+	old.Devices = nil
+	undo, cancel := cleanup(ctx, undoTimeout)
+	defer cancel()
+	if err := rt.update(undo, c.ID, old); err != nil {
+		return fmt.Errorf("limits not set back: %w", err)
+	}
+	return nil
+}
+
+func hashOf(m proto.Message) uint64 {
+	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		return 0
+	}
+	var h uint64 = 14695981039346656037 // FNV-1a
+	for _, b := range raw {
+		h = (h ^ uint64(b)) * 1099511628211
+	}
+	return h
+}

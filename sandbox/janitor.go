@@ -1,0 +1,242 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/berthd/berth/cni"
+	"github.com/berthd/berth/sandbox/cgroup"
+	"github.com/berthd/berth/shim"
+	"github.com/berthd/berth/snapshotter"
+)
+
+// The janitor tries again what did not succeed, with longer and longer pauses;
+// it has no timer while there is nothing to do.
+const (
+	janitorFirst = time.Second
+	janitorMax   = time.Minute
+)
+
+// sweepNetworkLimit bounds the sweep of the network, while which no pod can be
+// attached.
+const sweepNetworkLimit = 20 * time.Second
+
+// kick tells the janitor that there is something to do.
+func (s *Service) kick() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// janitor finishes what was begun: destroys of hidden objects, stops of pods. It
+// begins with a sweep, because only at the start can there be things that the
+// book does not know.
+func (s *Service) janitor(ctx context.Context) {
+	log := klog.FromContext(ctx)
+	swept := false
+	pause := janitorFirst
+	for {
+		left := s.finish(ctx)
+		if !swept {
+			if err := s.sweep(ctx); err != nil {
+				log.Error(err, "Sweep not complete")
+				left = true
+			} else {
+				swept = true
+			}
+		}
+		var again <-chan time.Time
+		if left {
+			t := time.NewTimer(pause)
+			defer t.Stop()
+			again = t.C
+			pause = min(2*pause, janitorMax)
+		} else {
+			pause = janitorFirst
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-again:
+		case <-s.wake:
+			if left { // woken by an operation that failed just now: not at once
+				select {
+				case <-ctx.Done():
+					return
+				case <-time.After(pause):
+				}
+			}
+		}
+	}
+}
+
+// finish tries every destroy and stop that is due, and tells whether some are
+// left.
+func (s *Service) finish(ctx context.Context) (left bool) {
+	log := klog.FromContext(ctx)
+	v := s.book.view()
+	var containers []*container
+	for _, c := range v.containers {
+		if c.Removing {
+			containers = append(containers, c)
+		}
+	}
+	var pods []*pod
+	for _, p := range v.pods {
+		if p.Removing || (p.Stopping && !p.Torn && p.State != StateCreating) {
+			pods = append(pods, p)
+		}
+	}
+	err := errors.Join(
+		parallel(containers, 8, func(c *container) error { return s.destroyContainerOp(ctx, c.ID) }),
+		parallel(pods, 8, func(p *pod) error {
+			if p.Removing {
+				return s.destroyPodOp(ctx, p.ID)
+			}
+			return s.StopPod(ctx, p.ID)
+		}))
+	if err != nil && ctx.Err() == nil {
+		log.Error(err, "Janitor: some objects are left")
+	}
+	v = s.book.view()
+	for _, c := range containers {
+		if v.containers[c.ID] != nil {
+			left = true
+		}
+	}
+	for _, p := range pods {
+		if n := v.pods[p.ID]; n != nil && (n.Removing || !n.Torn) {
+			left = true
+		}
+	}
+	s.forgetRebuild()
+	return left
+}
+
+// forgetRebuild ends the special care for a rebuilt book when none of the
+// containers is left whose layers it cannot name.
+func (s *Service) forgetRebuild() {
+	if s.deps.Store.Rebuilt() && len(s.book.view().containers) == 0 {
+		if err := s.deps.Store.ClearRebuilt(); err != nil {
+			klog.FromContext(s.ctx).Error(err, "Mark of the rebuilt book not removed")
+			return
+		}
+		if c, ok := s.deps.Snapshots.(snapshotter.Cleaner); ok {
+			if err := c.Cleanup(s.ctx); err != nil {
+				klog.FromContext(s.ctx).Error(err, "Snapshots not swept")
+			}
+		}
+	}
+}
+
+// sweep removes what is there and is not in the book: set differences, one for
+// each kind of effect.
+func (s *Service) sweep(ctx context.Context) error {
+	known := func(id string) bool {
+		v := s.book.view()
+		return v.pods[id] != nil || v.containers[id] != nil
+	}
+	var errs []error
+	gone := func(kind, id string, undo func() error) {
+		if !validID(id) || known(id) {
+			return
+		}
+		klog.FromContext(ctx).Info("Sweeping what nobody owns", "kind", kind, "id", id)
+		errs = append(errs, undo())
+	}
+	shims, err := shim.ListShims(filepath.Join(s.cfg.RunDir, "s"))
+	errs = append(errs, err)
+	for id, pid := range shims {
+		gone("shim", id, func() error { return s.endShim(ctx, id, pid) })
+	}
+	for _, rt := range s.runtimes {
+		for _, id := range rt.ids() {
+			gone("runtime state", id, func() error { return rt.delete(ctx, id) })
+		}
+	}
+	for _, id := range names(filepath.Join(s.cfg.RunDir, "s")) {
+		gone("socket", id, func() error { return os.Remove(s.socket(id)) })
+	}
+	for _, id := range names(filepath.Join(s.cfg.RunDir, "c")) {
+		gone("bundle", id, func() error { return s.removeBundle(id) })
+	}
+	for _, id := range names(filepath.Join(s.cfg.StateDir, "containers")) {
+		gone("container state", id, func() error { return os.RemoveAll(s.stateDir(id)) })
+	}
+	errs = append(errs, s.sweepSnapshots(ctx, gone), s.sweepNetwork(ctx, gone))
+	for _, id := range names(filepath.Join(s.cfg.RunDir, "pods")) {
+		gone("pod files", id, func() error { return s.removePodFiles(id) })
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Service) sweepSnapshots(ctx context.Context, gone func(kind, id string, undo func() error)) error {
+	if s.deps.Store.Rebuilt() {
+		return nil
+	}
+	var keys []string
+	err := s.deps.Snapshots.Walk(ctx, func(_ context.Context, i snapshotter.Info) error {
+		if i.Kind == snapshotter.KindActive {
+			keys = append(keys, i.Name)
+		}
+		return nil
+	})
+	for _, k := range keys {
+		gone("snapshot", k, func() error { return s.deps.Snapshots.Remove(ctx, k) })
+	}
+	return err
+}
+
+// sweepNetwork detaches what the network plugins hold for pods that are not in
+// the book, tells them which pods there are, and removes left-over pins after.
+func (s *Service) sweepNetwork(ctx context.Context, gone func(kind, id string, undo func() error)) error {
+	ctx, cancel := context.WithTimeout(ctx, sweepNetworkLimit)
+	defer cancel()
+	// What is attached from here on would not be among those to keep.
+	s.attaching.Lock()
+	defer s.attaching.Unlock()
+	attached, err := s.deps.Network.Attachments()
+	for _, id := range attached {
+		gone("network attachment", id, func() error { return s.deps.Network.Detach(ctx, cni.Pod{ID: id}) })
+	}
+	var keep []cni.Pod
+	for _, p := range s.book.view().pods {
+		if p.Attached {
+			keep = append(keep, s.cniPod(p))
+		}
+	}
+	gc := s.deps.Network.GC(ctx, keep)
+	pins, e := s.deps.Pins.List()
+	for _, id := range pins {
+		gone("namespaces", id, func() error { return s.deps.Pins.Destroy(id) })
+	}
+	return errors.Join(err, gc, e, s.sweepCgroups(gone))
+}
+
+// sweepCgroups looks below berth's own parent, where nobody else makes any.
+func (s *Service) sweepCgroups(gone func(kind, id string, undo func() error)) error {
+	for _, dir := range s.hier.Parent(s.cfg.CgroupDriver, "").Dirs() {
+		for _, id := range names(dir) {
+			gone("cgroup", id, func() error { return cgroup.RemoveEmpty(filepath.Join(dir, id)) })
+		}
+	}
+	return nil
+}
+
+func names(dir string) []string {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil
+	}
+	out := make([]string, 0, len(entries))
+	for _, e := range entries {
+		out = append(out, e.Name())
+	}
+	return out
+}

@@ -1,0 +1,93 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/berthd/berth/shim"
+)
+
+// live holds the connections to shims, by the ID of the container or pod that
+// the shim runs a process for.
+type live struct {
+	mu sync.Mutex
+	m  map[string]*handle
+}
+
+// handle is a shim that this daemon talks to.
+type handle struct {
+	client  *shim.Client
+	ended   chan struct{} // closed when the exit is in the book
+	dropped chan struct{} // closed when this daemon has let go of it
+}
+
+func newLive() *live { return &live{m: map[string]*handle{}} }
+
+func (l *live) get(id string) *handle {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.m[id]
+}
+
+// put takes charge of a connection, which it closes if there is one already.
+func (l *live) put(id string, c *shim.Client) *handle {
+	h := &handle{client: c, ended: make(chan struct{}), dropped: make(chan struct{})}
+	l.mu.Lock()
+	old := l.m[id]
+	l.m[id] = h
+	l.mu.Unlock()
+	if old != nil {
+		old.close()
+	}
+	return h
+}
+
+// client returns the connection to a shim. If there is none it is made anew, and
+// followed.
+func (s *Service) client(ctx context.Context, id string) (*shim.Client, error) {
+	if h := s.live.get(id); h != nil {
+		return h.client, nil
+	}
+	c, err := shim.Connect(ctx, s.socket(id))
+	if err != nil {
+		return nil, err
+	}
+	s.watch(id, s.live.put(id, c))
+	return c, nil
+}
+
+func (l *live) drop(id string) {
+	l.mu.Lock()
+	h := l.m[id]
+	delete(l.m, id)
+	l.mu.Unlock()
+	if h != nil {
+		h.close()
+	}
+}
+
+func (h *handle) close() {
+	close(h.dropped)
+	h.client.Close()
+}
+
+func (l *live) closeAll() {
+	l.mu.Lock()
+	all := l.m
+	l.m = map[string]*handle{}
+	l.mu.Unlock()
+	for _, h := range all {
+		h.close()
+	}
+}
+
+// killPid kills one process; that it is gone is no error.
+func killPid(pid int) error {
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+		return err
+	}
+	return nil
+}

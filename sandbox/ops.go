@@ -1,0 +1,221 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sort"
+	"sync"
+	"time"
+
+	"k8s.io/klog/v2"
+)
+
+// ops runs operations. One is known by its verb and its object, and there is at
+// most one of a kind: a caller that comes while it runs joins it. It belongs to
+// the object and not to the caller, so it goes on when the caller gives up.
+type ops struct {
+	mu      sync.Mutex
+	running map[string]*op
+	closed  bool
+	all     sync.WaitGroup
+}
+
+// op is one operation under way or done.
+type op struct {
+	verb, object string
+	began        time.Time
+	done         chan struct{} // closed when result and err are set
+	result       string
+	err          error
+
+	mu    sync.Mutex
+	step  string // what it is doing
+	since time.Time
+}
+
+func newOps() *ops { return &ops{running: map[string]*op{}} }
+
+// errClosing: the daemon is going down.
+var errClosing = fmt.Errorf("%w: the daemon is stopping", ErrBusy)
+
+// do runs fn as the operation verb on object, or joins the one that runs, and
+// returns its result. fn runs under a deadline of its own; ctx bounds only how
+// long this caller waits, and after that the error is ErrBusy with the step.
+func (o *ops) do(ctx context.Context, verb, object string, limit time.Duration, fn func(context.Context, *op) (string, error)) (string, error) {
+	key := verb + " " + object
+	o.mu.Lock()
+	if o.closed {
+		o.mu.Unlock()
+		return "", errClosing
+	}
+	p, joined := o.running[key]
+	if !joined {
+		now := time.Now()
+		p = &op{verb: verb, object: object, began: now, since: now, step: "begin", done: make(chan struct{})}
+		o.running[key] = p
+		o.all.Add(1)
+		go o.run(ctx, key, p, limit, fn)
+	}
+	o.mu.Unlock()
+	select {
+	case <-p.done:
+		return p.result, p.err
+	case <-ctx.Done():
+		return "", p.busy(ctx.Err())
+	}
+}
+
+func (o *ops) run(ctx context.Context, key string, p *op, limit time.Duration, fn func(context.Context, *op) (string, error)) {
+	defer o.all.Done()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
+	defer cancel()
+	defer func() {
+		if r := recover(); r != nil {
+			p.err = fmt.Errorf("%s: panic: %v", p.verb, r)
+			klog.FromContext(ctx).Error(p.err, "Operation panicked", "object", p.object, "stack", stack())
+		}
+		o.mu.Lock()
+		delete(o.running, key)
+		o.mu.Unlock()
+		close(p.done)
+	}()
+	p.result, p.err = fn(ctx, p)
+	if errors.Is(p.err, context.DeadlineExceeded) {
+		p.err = fmt.Errorf("%w (limit %s)", p.err, limit)
+	}
+}
+
+// wait waits for the operation verb on object to end, if there is one.
+func (o *ops) wait(ctx context.Context, verb, object string) error {
+	o.mu.Lock()
+	p := o.running[verb+" "+object]
+	o.mu.Unlock()
+	if p == nil {
+		return nil
+	}
+	select {
+	case <-p.done:
+		return nil
+	case <-ctx.Done():
+		return p.busy(ctx.Err())
+	}
+}
+
+// close refuses new operations and waits for those that run, until ctx ends.
+func (o *ops) close(ctx context.Context) error {
+	o.mu.Lock()
+	o.closed = true
+	o.mu.Unlock()
+	done := make(chan struct{})
+	go func() { o.all.Wait(); close(done) }()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("operations: %w", ctx.Err())
+	}
+}
+
+// Op describes an operation under way.
+type Op struct {
+	Verb, Object, Step string
+	Age, StepAge       time.Duration
+}
+
+func (o *ops) list() []Op {
+	o.mu.Lock()
+	running := make([]*op, 0, len(o.running))
+	for _, p := range o.running {
+		running = append(running, p)
+	}
+	o.mu.Unlock()
+	out := make([]Op, 0, len(running))
+	for _, p := range running {
+		step, age := p.at()
+		out = append(out, Op{p.verb, p.object, step, time.Since(p.began), age})
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].Age > out[j].Age })
+	return out
+}
+
+func (p *op) at() (step string, age time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.step, time.Since(p.since)
+}
+
+func (p *op) enter(step string) {
+	p.mu.Lock()
+	p.step, p.since = step, time.Now()
+	p.mu.Unlock()
+}
+
+func (p *op) busy(cause error) error {
+	step, age := p.at()
+	return fmt.Errorf("%w: %s of %s is at step %q for %s, begun %s ago: %w", ErrBusy, p.verb, p.object,
+		step, age.Round(time.Millisecond), time.Since(p.began).Round(time.Millisecond), cause)
+}
+
+// step is one named, idempotent effect of an operation.
+type step struct {
+	name string
+	do   func(ctx context.Context) error
+}
+
+// failpoint is called with "<verb>.<step>" before each step. Tests replace it to
+// make steps fail, hang or kill the process.
+var failpoint = func(name string) error { return nil }
+
+// steps runs the steps in order up to the first error. It is the one place that
+// times and logs them.
+func (p *op) steps(ctx context.Context, list []step) error {
+	for _, s := range list {
+		if err := p.one(ctx, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// allSteps runs every step, whatever the others say, and joins the errors.
+func (p *op) allSteps(ctx context.Context, list []step) error {
+	var errs []error
+	for _, s := range list {
+		errs = append(errs, p.one(ctx, s))
+	}
+	return errors.Join(errs...)
+}
+
+func (p *op) one(ctx context.Context, s step) error {
+	p.enter(s.name)
+	begun := time.Now()
+	err := failpoint(p.verb + "." + s.name)
+	if err == nil {
+		err = s.do(ctx)
+	}
+	log := klog.FromContext(ctx).V(4)
+	if err != nil {
+		log.Info("Step failed", "verb", p.verb, "step", s.name, "object", p.object, "took", time.Since(begun), "err", err)
+		return fmt.Errorf("%s: %w", s.name, err)
+	}
+	log.Info("Step done", "verb", p.verb, "step", s.name, "object", p.object, "took", time.Since(begun))
+	return nil
+}
+
+// parallel runs fn for each item at the same time, at most limit at once, and
+// joins the errors.
+func parallel[T any](items []T, limit int, fn func(T) error) error {
+	errs := make([]error, len(items))
+	slots := make(chan struct{}, limit)
+	var wg sync.WaitGroup
+	for i, it := range items {
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			errs[i] = fn(it)
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}

@@ -1,0 +1,152 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+func TestOpsJoin(t *testing.T) {
+	o := newOps()
+	var runs atomic.Int32
+	release := make(chan struct{})
+	fn := func(ctx context.Context, p *op) (string, error) {
+		runs.Add(1)
+		p.enter("slow")
+		<-release
+		return "id", nil
+	}
+	var wg sync.WaitGroup
+	for range 10 {
+		wg.Go(func() {
+			if got, err := o.do(context.Background(), "make", "x", time.Minute, fn); got != "id" || err != nil {
+				t.Errorf("got %q, %v; want id", got, err)
+			}
+		})
+	}
+	for len(o.list()) == 0 || o.list()[0].Step != "slow" {
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(10 * time.Millisecond) // let the others join
+	close(release)
+	wg.Wait()
+	if n := runs.Load(); n != 1 {
+		t.Errorf("ran %d times, want once", n)
+	}
+	if l := o.list(); len(l) != 0 {
+		t.Errorf("left over: %v", l)
+	}
+}
+
+func TestOpsOutliveTheirCaller(t *testing.T) {
+	o := newOps()
+	release := make(chan struct{})
+	fn := func(ctx context.Context, p *op) (string, error) {
+		p.enter("network")
+		<-release
+		return "id", ctx.Err()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+	defer cancel()
+	_, err := o.do(ctx, "run pod", "a/b", time.Minute, fn)
+	if !errors.Is(err, ErrBusy) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("got %v, want ErrBusy and the deadline", err)
+	}
+	for _, want := range []string{"run pod", "a/b", `"network"`} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("error %q does not name %s", err, want)
+		}
+	}
+	go func() { time.Sleep(5 * time.Millisecond); close(release) }()
+	got, err := o.do(context.Background(), "run pod", "a/b", time.Minute, fn)
+	if got != "id" || err != nil {
+		t.Errorf("joined: got %q, %v; want the result of the first call", got, err)
+	}
+}
+
+func TestOpsDeadlineAndPanic(t *testing.T) {
+	o := newOps()
+	_, err := o.do(context.Background(), "a", "x", time.Millisecond, func(ctx context.Context, p *op) (string, error) {
+		<-ctx.Done()
+		return "", ctx.Err()
+	})
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "limit 1ms") {
+		t.Errorf("got %v, want the limit named", err)
+	}
+	_, err = o.do(context.Background(), "a", "x", time.Second, func(context.Context, *op) (string, error) { panic("oops") })
+	if err == nil || !strings.Contains(err.Error(), "oops") {
+		t.Errorf("got %v, want the panic as an error", err)
+	}
+	if err := o.close(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.do(context.Background(), "a", "x", time.Second, nil); !errors.Is(err, errClosing) {
+		t.Errorf("after close: got %v, want %v", err, errClosing)
+	}
+}
+
+func TestSteps(t *testing.T) {
+	boom := errors.New("boom")
+	var did []string
+	mk := func(name string, err error) step {
+		return step{name, func(context.Context) error { did = append(did, name); return err }}
+	}
+	p := &op{verb: "v"}
+	if err := p.steps(context.Background(), []step{mk("a", nil), mk("b", boom), mk("c", nil)}); !errors.Is(err, boom) || !strings.HasPrefix(err.Error(), "b: ") {
+		t.Errorf("got %v, want b: boom", err)
+	}
+	if got := strings.Join(did, ""); got != "ab" {
+		t.Errorf("steps ran %s, want ab", got)
+	}
+	did = nil
+	if err := p.allSteps(context.Background(), []step{mk("a", boom), mk("b", nil), mk("c", boom)}); !errors.Is(err, boom) {
+		t.Errorf("got %v, want boom", err)
+	}
+	if got := strings.Join(did, ""); got != "abc" {
+		t.Errorf("steps ran %s, want abc", got)
+	}
+}
+
+func TestFailpointStopsBeforeTheStep(t *testing.T) {
+	old := failpoint
+	defer func() { failpoint = old }()
+	want := errors.New("injected")
+	failpoint = func(name string) error {
+		if name == "v.b" {
+			return want
+		}
+		return nil
+	}
+	ran := false
+	p := &op{verb: "v"}
+	err := p.steps(context.Background(), []step{{"b", func(context.Context) error { ran = true; return nil }}})
+	if !errors.Is(err, want) || ran {
+		t.Errorf("got %v, ran %v; want the injected error and no effect", err, ran)
+	}
+}
+
+func TestOnlyDetach(t *testing.T) {
+	d := &detachError{errors.New("plugin")}
+	other := errors.New("other")
+	for _, tc := range []struct {
+		err  error
+		want bool
+	}{
+		{d, true}, {errors.Join(d, d), true}, {errors.Join(d, other), false}, {other, false},
+		{wrap(errors.Join(wrap(d))), true}, {wrap(errors.Join(wrap(d), wrap(other))), false},
+	} {
+		if got := onlyDetach(tc.err); got != tc.want {
+			t.Errorf("%v: got %v, want %v", tc.err, got, tc.want)
+		}
+	}
+}
+
+func wrap(err error) error { return &wrapped{err} }
+
+type wrapped struct{ error }
+
+func (w *wrapped) Unwrap() error { return w.error }

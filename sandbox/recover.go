@@ -1,0 +1,268 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/berthd/berth/cni/netns"
+	"github.com/berthd/berth/shim"
+	"github.com/berthd/berth/store"
+)
+
+// observed is what is found of a container or an init after a restart.
+type observed struct {
+	sameBoot bool
+	status   string     // the shim's word, "" if no shim answers
+	exit     *shim.Exit // the exit record, if there is one
+}
+
+// verdict is what is to be done about an object.
+type verdict struct {
+	destroy bool
+	state   State     // the state it is in; "" leaves it
+	exit    shim.Exit // with StateExited
+	end     bool      // kill what is left of it first
+}
+
+// decideContainer is the whole of recovery's wisdom about containers.
+func decideContainer(r containerRow, o observed, now time.Time) verdict {
+	switch {
+	case r.Removing || r.State == StateCreating:
+		return verdict{destroy: true}
+	case r.State == StateExited:
+		return verdict{}
+	case o.exit != nil:
+		return verdict{state: StateExited, exit: *o.exit, end: !o.sameBoot}
+	case !o.sameBoot:
+		return verdict{state: StateExited, exit: shim.Exit{Code: codeUnknown, At: now, Reason: "the node was rebooted"}}
+	case o.status == shim.StatusRunning:
+		return verdict{state: StateRunning}
+	case o.status == shim.StatusCreated:
+		return verdict{state: StateCreated}
+	case o.status == shim.StatusExited:
+		// The record is on its way: the shim tells when it is there.
+		return verdict{state: r.State}
+	}
+	return verdict{state: StateExited, end: true,
+		exit: shim.Exit{Code: codeUnknown, At: now, Reason: "the container's shim was lost and the container killed"}}
+}
+
+// podObserved is what is found of a pod after a restart.
+type podObserved struct {
+	sameBoot bool
+	pinned   bool   // all its namespaces are there
+	init     string // the word of its init's shim
+}
+
+// podVerdict is what is to be done about a pod.
+type podVerdict struct {
+	destroy, teardown bool
+	notReady          string // why the pod is not ready any more
+}
+
+func decidePod(r podRow, o podObserved) podVerdict {
+	switch {
+	case r.Removing || r.State == StateCreating:
+		return podVerdict{destroy: true}
+	case r.Torn:
+		return podVerdict{}
+	case !o.sameBoot:
+		return podVerdict{teardown: true, notReady: "the node was rebooted"}
+	case r.Stopping:
+		return podVerdict{teardown: true, notReady: "stopped"}
+	case !o.pinned:
+		return podVerdict{teardown: true, notReady: "its namespaces are gone"}
+	case r.State == StateReady && r.InitPid != 0 && o.init != shim.StatusRunning:
+		return podVerdict{notReady: "its init is gone"}
+	}
+	return podVerdict{}
+}
+
+// connectLimit bounds how long a shim may take to answer a new daemon.
+const connectLimit = 3 * time.Second
+
+// recover compares the book with the machine. Everything that a reader can see
+// is right when it returns; what is to be undone is left to the janitor.
+func (s *Service) recover(ctx context.Context) error {
+	log := klog.FromContext(ctx)
+	begun := time.Now()
+	if s.deps.Store.Rebuilt() {
+		if err := s.rebuild(ctx); err != nil {
+			return err
+		}
+	}
+	bad, err := s.book.load()
+	if err != nil {
+		return err
+	}
+	for _, e := range bad {
+		log.Error(e, "Row left out")
+	}
+	v := s.book.view()
+	containers := make([]*container, 0, len(v.containers))
+	for _, c := range v.containers {
+		containers = append(containers, c)
+	}
+	pods := make([]*pod, 0, len(v.pods))
+	for _, p := range v.pods {
+		pods = append(pods, p)
+	}
+	err = errors.Join(
+		parallel(containers, 32, func(c *container) error { return s.recoverContainer(ctx, c) }),
+		parallel(pods, 32, func(p *pod) error { return s.recoverPod(ctx, p) }))
+	if err != nil {
+		return err
+	}
+	log.Info("State recovered", "pods", len(pods), "containers", len(containers), "took", time.Since(begun))
+	s.kick()
+	return nil
+}
+
+func (s *Service) recoverContainer(ctx context.Context, c *container) error {
+	o := s.observe(ctx, c.ID, c.BootID, s.exitFile(c.ID), c.State != StateExited)
+	v := decideContainer(c.containerRow, o, time.Now())
+	if v.destroy || v.state == "" {
+		return s.markRemoving(c, v.destroy)
+	}
+	if v.end {
+		end, cancel := context.WithTimeout(ctx, undoTimeout)
+		defer cancel()
+		if err := s.endContainer(end, c); err != nil {
+			klog.FromContext(ctx).Error(err, "Rest of a container is not ended", "containerID", c.ID)
+		}
+	}
+	if v.state == c.State {
+		return nil
+	}
+	_, err := s.book.updateContainer(c.ID, func(_ *store.Tx, r *containerRow) error {
+		switch {
+		case r.State == StateExited: // the watch was faster
+		case v.state == StateExited:
+			applyExit(r, v.exit)
+		default:
+			r.State = v.state
+			if v.state == StateRunning && r.Started == 0 {
+				r.Started = after(r.Created)
+			}
+		}
+		return nil
+	})
+	return err
+}
+
+// markRemoving hides an object that is to be destroyed; the janitor does it.
+func (s *Service) markRemoving(c *container, destroy bool) error {
+	if !destroy || c.Removing {
+		return nil
+	}
+	_, err := s.book.updateContainer(c.ID, func(_ *store.Tx, r *containerRow) error { r.Removing = true; return nil })
+	return err
+}
+
+func (s *Service) recoverPod(ctx context.Context, p *pod) error {
+	o := podObserved{sameBoot: p.BootID == s.cfg.BootID, pinned: s.pinned(p)}
+	if p.Init && o.sameBoot {
+		o.init = s.observe(ctx, p.ID, p.BootID, filepath.Join(s.bundleDir(p.ID), "exit"), true).status
+	}
+	v := decidePod(p.podRow, o)
+	if !v.destroy && !v.teardown && v.notReady == "" {
+		return nil
+	}
+	_, err := s.book.updatePod(p.ID, func(r *podRow) error {
+		r.Removing = r.Removing || v.destroy
+		r.Stopping = r.Stopping || v.teardown
+		if v.notReady != "" && r.State == StateReady {
+			r.State, r.Failure = StateNotReady, v.notReady
+		}
+		return nil
+	})
+	return err
+}
+
+// pinned tells whether all namespaces that the pod should have are there.
+func (s *Service) pinned(p *pod) bool {
+	kinds := []netns.Kind{}
+	if !p.HostNetwork {
+		kinds = append(kinds, netns.Net, netns.UTS)
+	}
+	if !p.hostIPC() {
+		kinds = append(kinds, netns.IPC)
+	}
+	for _, k := range kinds {
+		if !s.deps.Pins.Pinned(p.ID, k) {
+			return false
+		}
+	}
+	return true
+}
+
+// observe asks the shim of an object how it is, and follows it from here on.
+func (s *Service) observe(ctx context.Context, id, boot, exitFile string, ask bool) observed {
+	o := observed{sameBoot: boot == s.cfg.BootID}
+	if e, err := shim.ReadExit(exitFile); err == nil {
+		o.exit = &e
+	} else if !errors.Is(err, os.ErrNotExist) {
+		klog.FromContext(ctx).Error(err, "Exit record unreadable", "id", id)
+	}
+	if !o.sameBoot || !ask || o.exit != nil {
+		return o
+	}
+	ctx, cancel := context.WithTimeout(ctx, connectLimit)
+	defer cancel()
+	c, err := shim.Connect(ctx, s.socket(id))
+	if err != nil {
+		if e, err := shim.ReadExit(exitFile); err == nil { // it ended just now
+			o.exit = &e
+		}
+		return o
+	}
+	st, err := c.State(ctx)
+	if err != nil {
+		c.Close()
+		return o
+	}
+	o.status = st.Status
+	s.watch(id, s.live.put(id, c))
+	return o
+}
+
+// rebuild fills a new book from the notes beside the bundles, after the old one
+// could not be read.
+func (s *Service) rebuild(ctx context.Context) error {
+	log := klog.FromContext(ctx)
+	pods, errs := readNotes[podRow](filepath.Join(s.cfg.RunDir, "pods"))
+	containers, more := readNotes[containerRow](filepath.Join(s.cfg.RunDir, "c"))
+	for _, e := range append(errs, more...) {
+		log.Error(e, "Note unreadable: what it describes will be removed")
+	}
+	err := s.deps.Store.Update(func(tx *store.Tx) error {
+		for _, r := range pods {
+			if _, err := podTable.Get(tx, r.ID); !errors.Is(err, store.ErrNotFound) {
+				continue
+			}
+			if err := podTable.Put(tx, r.ID, r); err != nil {
+				return err
+			}
+		}
+		for _, r := range containers {
+			if _, err := containerTable.Get(tx, r.ID); !errors.Is(err, store.ErrNotFound) {
+				continue
+			}
+			if err := containerTable.Put(tx, r.ID, r); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("rebuild: %w", err)
+	}
+	log.Info("Book rebuilt from notes", "pods", len(pods), "containers", len(containers))
+	return nil
+}

@@ -1,0 +1,98 @@
+package sandbox
+
+import (
+	"testing"
+	"time"
+
+	"github.com/berthd/berth/shim"
+)
+
+func TestDecideContainer(t *testing.T) {
+	now := time.Unix(1000, 0)
+	record := &shim.Exit{Code: 7, At: time.Unix(900, 0)}
+	for _, tc := range []struct {
+		name string
+		row  containerRow
+		seen observed
+		want verdict
+	}{
+		{"half made", containerRow{State: StateCreating}, observed{sameBoot: true, status: shim.StatusCreated}, verdict{destroy: true}},
+		{"removal begun", containerRow{State: StateRunning, Removing: true}, observed{sameBoot: true, status: shim.StatusRunning}, verdict{destroy: true}},
+		{"exited long ago", containerRow{State: StateExited}, observed{}, verdict{}},
+		{"runs on", containerRow{State: StateRunning}, observed{sameBoot: true, status: shim.StatusRunning}, verdict{state: StateRunning}},
+		{"start not recorded", containerRow{State: StateCreated}, observed{sameBoot: true, status: shim.StatusRunning}, verdict{state: StateRunning}},
+		{"created", containerRow{State: StateCreated}, observed{sameBoot: true, status: shim.StatusCreated}, verdict{state: StateCreated}},
+		{"exited meanwhile", containerRow{State: StateRunning}, observed{sameBoot: true, exit: record}, verdict{state: StateExited, exit: *record}},
+		{"exited before the reboot", containerRow{State: StateRunning}, observed{exit: record}, verdict{state: StateExited, exit: *record, end: true}},
+		{"exiting now", containerRow{State: StateRunning}, observed{sameBoot: true, status: shim.StatusExited}, verdict{state: StateRunning}},
+		{"rebooted", containerRow{State: StateRunning}, observed{},
+			verdict{state: StateExited, exit: shim.Exit{Code: 255, At: now, Reason: "the node was rebooted"}}},
+		{"shim killed", containerRow{State: StateRunning}, observed{sameBoot: true},
+			verdict{state: StateExited, end: true, exit: shim.Exit{Code: 255, At: now, Reason: "the container's shim was lost and the container killed"}}},
+	} {
+		if got := decideContainer(tc.row, tc.seen, now); got != tc.want {
+			t.Errorf("%s: got %+v, want %+v", tc.name, got, tc.want)
+		}
+	}
+}
+
+func TestDecidePod(t *testing.T) {
+	well := podObserved{sameBoot: true, pinned: true}
+	for _, tc := range []struct {
+		name string
+		row  podRow
+		seen podObserved
+		want podVerdict
+	}{
+		{"half made", podRow{State: StateCreating}, well, podVerdict{destroy: true}},
+		{"removal begun", podRow{State: StateReady, Removing: true}, well, podVerdict{destroy: true}},
+		{"ready", podRow{State: StateReady}, well, podVerdict{}},
+		{"stopped", podRow{State: StateNotReady, Stopping: true, Torn: true}, podObserved{}, podVerdict{}},
+		{"stop begun", podRow{State: StateNotReady, Stopping: true}, well, podVerdict{teardown: true, notReady: "stopped"}},
+		{"rebooted", podRow{State: StateReady}, podObserved{}, podVerdict{teardown: true, notReady: "the node was rebooted"}},
+		{"namespaces gone", podRow{State: StateReady}, podObserved{sameBoot: true}, podVerdict{teardown: true, notReady: "its namespaces are gone"}},
+		{"init gone", podRow{State: StateReady, InitPid: 7}, well, podVerdict{notReady: "its init is gone"}},
+		{"init well", podRow{State: StateReady, InitPid: 7}, podObserved{sameBoot: true, pinned: true, init: shim.StatusRunning}, podVerdict{}},
+	} {
+		if got := decidePod(tc.row, tc.seen); got != tc.want {
+			t.Errorf("%s: got %+v, want %+v", tc.name, got, tc.want)
+		}
+	}
+}
+
+func TestApplyExit(t *testing.T) {
+	at := time.Unix(50, 0)
+	for _, tc := range []struct {
+		name   string
+		row    containerRow
+		exit   shim.Exit
+		code   int32
+		reason string
+	}{
+		{"completed", containerRow{State: StateRunning}, shim.Exit{At: at}, 0, "Completed"},
+		{"error", containerRow{State: StateRunning}, shim.Exit{Code: 3, At: at}, 3, "Error"},
+		{"killed", containerRow{State: StateRunning}, shim.Exit{Code: 137, Signal: 9, At: at}, 137, "Error"},
+		{"out of memory", containerRow{State: StateRunning}, shim.Exit{Code: 137, Signal: 9, OOMKilled: true, At: at}, 137, "OOMKilled"},
+		{"not started", containerRow{State: StateCreated, Reason: reasonStart}, shim.Exit{Code: 137, At: at}, 128, "StartError"},
+	} {
+		r := tc.row
+		r.Started = at.Add(time.Hour).UnixNano() // the clock went back
+		applyExit(&r, tc.exit)
+		if r.State != StateExited || r.ExitCode != tc.code || r.Reason != tc.reason {
+			t.Errorf("%s: got state %s, code %d, reason %q; want exited, %d, %q", tc.name, r.State, r.ExitCode, r.Reason, tc.code, tc.reason)
+		}
+		if r.Finished <= r.Started {
+			t.Errorf("%s: finished at %d, not after its start at %d", tc.name, r.Finished, r.Started)
+		}
+	}
+}
+
+func TestAfterIsMonotone(t *testing.T) {
+	future := time.Now().Add(24 * time.Hour).UnixNano()
+	if got := after(future); got != future+1 {
+		t.Errorf("after a time in the future: got %d, want %d", got, future+1)
+	}
+	if got := after(0); got < time.Now().Add(-time.Minute).UnixNano() {
+		t.Errorf("after 0: got %d, want about now", got)
+	}
+}
