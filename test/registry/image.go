@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"runtime"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -81,7 +82,7 @@ type Config struct {
 type Spec struct {
 	Config       Config
 	Layers       []Layer
-	Architecture string // "amd64" if empty
+	Architecture string // this machine's if empty
 	OS           string // "linux" if empty
 }
 
@@ -108,6 +109,7 @@ type Image struct {
 	ConfigID  string // digest of the config; empty for an index
 	Layers    []Descriptor
 	platform  Platform
+	diffIDs   []string
 	blobs     map[string][]byte // by digest, without the manifests
 	children  []*Image
 }
@@ -123,7 +125,7 @@ func (img *Image) Size() (n int64) {
 // Build makes the image that spec describes.
 func Build(spec Spec) (*Image, error) {
 	if spec.Architecture == "" {
-		spec.Architecture = "amd64"
+		spec.Architecture = runtime.GOARCH
 	}
 	if spec.OS == "" {
 		spec.OS = "linux"
@@ -133,7 +135,6 @@ func Build(spec Spec) (*Image, error) {
 		platform:  Platform{Architecture: spec.Architecture, OS: spec.OS},
 		blobs:     map[string][]byte{},
 	}
-	diffIDs := []string{}
 	for i, l := range spec.Layers {
 		raw, err := tarball(l.Files)
 		if err != nil {
@@ -143,33 +144,57 @@ func Build(spec Spec) (*Image, error) {
 		if err != nil {
 			return nil, fmt.Errorf("layer %d: %w", i, err)
 		}
-		diffIDs = append(diffIDs, digest(raw))
+		img.diffIDs = append(img.diffIDs, digest(raw))
 		img.Layers = append(img.Layers, img.add(blob, mediaType))
 	}
+	if err := img.finish(spec.Config); err != nil {
+		return nil, err
+	}
+	return img, nil
+}
+
+// WithConfig returns an image of the same layers with another configuration.
+func (img *Image) WithConfig(c Config) (*Image, error) {
+	out := &Image{MediaType: typeManifest, platform: img.platform, Layers: img.Layers, diffIDs: img.diffIDs, blobs: map[string][]byte{}}
+	for _, l := range img.Layers {
+		out.blobs[l.Digest] = img.blobs[l.Digest]
+	}
+	if err := out.finish(c); err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// finish makes config and manifest for the layers that img has.
+func (img *Image) finish(c Config) error {
 	config, err := json.Marshal(map[string]any{
 		"created":      epoch.Format(time.RFC3339),
-		"architecture": spec.Architecture,
-		"os":           spec.OS,
-		"config":       spec.Config,
-		"rootfs":       map[string]any{"type": "layers", "diff_ids": diffIDs},
+		"architecture": img.platform.Architecture,
+		"os":           img.platform.OS,
+		"config":       c,
+		"rootfs":       map[string]any{"type": "layers", "diff_ids": orEmpty(img.diffIDs)},
 	})
 	if err != nil {
-		return nil, fmt.Errorf("image config: %w", err)
+		return fmt.Errorf("image config: %w", err)
 	}
 	desc := img.add(config, typeConfig)
 	img.ConfigID = desc.Digest
-	layers := img.Layers
-	if layers == nil {
-		layers = []Descriptor{}
-	}
 	img.Manifest, err = json.Marshal(map[string]any{
-		"schemaVersion": 2, "mediaType": typeManifest, "config": desc, "layers": layers,
+		"schemaVersion": 2, "mediaType": typeManifest, "config": desc, "layers": orEmpty(img.Layers),
 	})
 	if err != nil {
-		return nil, fmt.Errorf("image manifest: %w", err)
+		return fmt.Errorf("image manifest: %w", err)
 	}
 	img.Digest = digest(img.Manifest)
-	return img, nil
+	return nil
+}
+
+// orEmpty keeps an absent list from becoming null in JSON.
+func orEmpty[T any](s []T) []T {
+	if s == nil {
+		return []T{}
+	}
+	return s
 }
 
 // NewIndex makes an index of the images, each under the platform that it was
