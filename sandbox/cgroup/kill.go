@@ -114,7 +114,13 @@ func (g Group) freeze() (thaw func()) {
 	}
 	// Freezing takes effect later; a process that forks until then is found
 	// by the next look.
-	return func() { _ = write(dir, file, off) }
+	// Thawing goes below as well: on v1 SIGKILL does not reach what a
+	// container has frozen in a group of its own.
+	return func() {
+		for _, d := range append([]string{dir}, subgroups(dir)...) {
+			_ = write(d, file, off)
+		}
+	}
 }
 
 // signalAll sends SIGKILL to all processes by pidfd. A process is looked up in the
