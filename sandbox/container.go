@@ -364,11 +364,11 @@ func (s *Service) created(plan *containerPlan, launched shim.Launched) error {
 		if err := podReady(tx, r.PodID); err != nil {
 			return err
 		}
-		// An init that was killed at once may have been recorded as exited.
+		// A process that was killed at once may be in the book as exited.
 		if r.State == StateCreating {
-			r.State = StateCreated
+			r.State, r.Pid = StateCreated, launched.Pid
 		}
-		r.Pid, r.ShimPid, r.User = launched.Pid, launched.ShimPID, plan.row.User
+		r.ShimPid, r.User = launched.ShimPID, plan.row.User
 		return nil
 	})
 	if err != nil {

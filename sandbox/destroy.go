@@ -146,6 +146,9 @@ func (s *Service) killContainers(ctx context.Context, podID string) error {
 			if err := s.ops.wait(ctx, "create container", containerKey(podID, c.config)); err != nil {
 				return err
 			}
+			if c := s.book.view().containers[c.ID]; c != nil && c.State == StateCreating {
+				return s.endContainer(ctx, c) // its own undo has failed
+			}
 		}
 		return s.kill(ctx, c.ID)
 	})

@@ -51,28 +51,22 @@ func (s *Service) janitor(ctx context.Context) {
 				swept = true
 			}
 		}
-		var again <-chan time.Time
-		if left {
-			t := time.NewTimer(pause)
-			defer t.Stop()
-			again = t.C
-			pause = min(2*pause, janitorMax)
-		} else {
+		if !left {
 			pause = janitorFirst
+			select {
+			case <-ctx.Done():
+				return
+			case <-s.wake:
+			}
+			continue
 		}
+		// Not at once: whatever failed would most likely fail again.
 		select {
 		case <-ctx.Done():
 			return
-		case <-again:
-		case <-s.wake:
-			if left { // woken by an operation that failed just now: not at once
-				select {
-				case <-ctx.Done():
-					return
-				case <-time.After(pause):
-				}
-			}
+		case <-time.After(pause):
 		}
+		pause = min(2*pause, janitorMax)
 	}
 }
 

@@ -44,7 +44,7 @@ type runtimeFacts struct {
 
 // Bounds on what an OCI runtime may take and say.
 const (
-	probeTimeout   = 10 * time.Second
+	probeTimeout   = 5 * time.Second
 	probeAgain     = 5 * time.Second // after a failed probe
 	maxRuntimeText = 256 << 10       // bytes of output kept
 )
