@@ -1,0 +1,456 @@
+package layer
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"path"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	whiteoutPrefix = ".wh."
+	whiteoutMeta   = ".wh..wh."
+	whiteoutOpaque = ".wh..wh..opq"
+	copyBuffer     = 256 << 10
+	blockSize      = 4 << 10
+)
+
+var buffers = sync.Pool{New: func() any { b := make([]byte, copyBuffer); return &b }}
+
+// Apply unpacks the tar archive r into root, an empty directory, and reads r to its
+// end. ctx is looked at between entries and buffers; to end a read that hangs is the
+// business of r. The descriptor stays the caller's.
+func Apply(ctx context.Context, root *os.File, r io.Reader, opts Options) (Result, error) {
+	if opts.MaxBytes <= 0 {
+		opts.MaxBytes = math.MaxInt64
+	}
+	if opts.MaxEntries <= 0 {
+		opts.MaxEntries = math.MaxInt64
+	}
+	buf := buffers.Get().(*[]byte)
+	defer buffers.Put(buf)
+	a := &applier{
+		ctx: ctx, opts: opts, buf: *buf, umask: umask(),
+		root: int(root.Fd()), dirs: newDirs(int(root.Fd()), opts.MaxEntries), made: map[string]bool{},
+	}
+	defer a.dirs.forget()
+	err := a.all(r)
+	a.result.Implied = a.impliedDirs()
+	return a.result, err
+}
+
+// ApplyDir is Apply into the directory with that path.
+func ApplyDir(ctx context.Context, root string, r io.Reader, opts Options) (Result, error) {
+	f, err := os.OpenFile(root, os.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return Result{}, fmt.Errorf("layer root: %w", err)
+	}
+	defer f.Close()
+	return Apply(ctx, f, r, opts)
+}
+
+// applier is the state of one Apply.
+type applier struct {
+	ctx    context.Context
+	opts   Options
+	root   int
+	dirs   *dirs
+	buf    []byte
+	umask  uint32
+	bytes  int64
+	result Result
+	// later holds what directories get at the end, as entries change their times,
+	// and as setgid and default ACLs would be inherited by what is made inside.
+	later []dirMeta
+	// made has the directories that the archive lists, of those that were implied
+	// before they were listed.
+	made map[string]bool
+}
+
+func (a *applier) all(r io.Reader) error {
+	tr := tar.NewReader(r)
+	for {
+		if err := a.ctx.Err(); err != nil {
+			return context.Cause(a.ctx)
+		}
+		h, err := tr.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return streamError(err)
+		}
+		if a.result.Entries++; a.result.Entries > a.opts.MaxEntries {
+			return fmt.Errorf("more than %d entries: %w", a.opts.MaxEntries, ErrTooLarge)
+		}
+		if err := a.entry(h, tr); err != nil {
+			return entryError(h.Name, err)
+		}
+	}
+	if err := a.finishDirs(); err != nil {
+		return err
+	}
+	// Padding after the archive's end counts for the digests. A stream is hashed as
+	// it is read, so it must be read to the end.
+	if _, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{r}, a.buf); err != nil {
+		return streamError(err)
+	}
+	return nil
+}
+
+// streamError tells a broken archive from errors of the stream below, which have
+// sentinels of their own.
+func streamError(err error) error {
+	if errors.Is(err, tar.ErrHeader) || errors.Is(err, tar.ErrFieldTooLong) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	return err
+}
+
+// entry makes one archive entry.
+func (a *applier) entry(h *tar.Header, body io.Reader) error {
+	switch h.Typeflag {
+	case tar.TypeXGlobalHeader:
+		return nil
+	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse, tar.TypeDir, tar.TypeSymlink, tar.TypeLink,
+		tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
+	default:
+		return fmt.Errorf("type %q: %w", h.Typeflag, ErrUnsupported)
+	}
+	name, err := cleanName(h.Name)
+	if err != nil {
+		return err
+	}
+	if name == "" {
+		if h.Typeflag != tar.TypeDir {
+			return fmt.Errorf("the root can only be a directory: %w", ErrUnsafe)
+		}
+		return a.dirMetaLater("", a.root, ".", h)
+	}
+	dir, base := path.Split(name)
+	dir = strings.TrimSuffix(dir, "/")
+	parent, err := a.dirs.open(dir)
+	if err != nil {
+		return err
+	}
+	if strings.HasPrefix(base, whiteoutPrefix) {
+		return a.whiteout(parent, dir, base)
+	}
+	if h.Typeflag == tar.TypeDir {
+		return a.mkdir(parent, name, base, h)
+	}
+	return a.create(parent, name, base, h, body)
+}
+
+// create makes anything but a directory, replacing what is there.
+func (a *applier) create(parent int, name, base string, h *tar.Header, body io.Reader) error {
+	for range 2 {
+		err := a.createOnce(parent, name, base, h, body)
+		if err != unix.EEXIST {
+			return err
+		}
+		if _, err := removeAt(parent, base); err != nil {
+			return err
+		}
+		a.dirs.stale = true // parent itself holds base and stays valid
+	}
+	return unix.EEXIST
+}
+
+func (a *applier) createOnce(parent int, name, base string, h *tar.Header, body io.Reader) error {
+	mode := uint32(h.Mode) & 0o7777
+	var err error
+	switch h.Typeflag {
+	case tar.TypeLink:
+		return a.link(parent, name, base, h.Linkname)
+	case tar.TypeSymlink:
+		err = unix.Symlinkat(h.Linkname, parent, base)
+	case tar.TypeChar, tar.TypeBlock:
+		if h.Devmajor < 0 || h.Devmajor > math.MaxUint32 || h.Devminor < 0 || h.Devminor > math.MaxUint32 {
+			return fmt.Errorf("device %d:%d: %w", h.Devmajor, h.Devminor, ErrUnsafe)
+		}
+		kind := uint32(unix.S_IFCHR)
+		if h.Typeflag == tar.TypeBlock {
+			kind = unix.S_IFBLK
+		}
+		err = unix.Mknodat(parent, base, kind|mode&0o777, int(unix.Mkdev(uint32(h.Devmajor), uint32(h.Devminor))))
+	case tar.TypeFifo:
+		err = unix.Mknodat(parent, base, unix.S_IFIFO|mode&0o777, 0)
+	default:
+		return a.file(parent, base, mode, h, body)
+	}
+	if err != nil {
+		return err
+	}
+	a.result.Inodes++
+	return a.nodeMeta(parent, base, mode, h)
+}
+
+// file makes a regular file. It costs an openat, a write, a utimensat and a close
+// when owner, mode and attributes are those that a new file has anyway.
+func (a *applier) file(parent int, base string, mode uint32, h *tar.Header, body io.Reader) error {
+	if h.Size > a.opts.MaxBytes-a.bytes {
+		return fmt.Errorf("more than %d bytes: %w", a.opts.MaxBytes, ErrTooLarge)
+	}
+	fd, err := openNew(parent, base, mode&0o777)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	a.bytes += h.Size
+	a.result.Inodes++
+	written, err := a.copy(fd, h, body)
+	if err != nil {
+		return err
+	}
+	a.result.Size += written
+	return a.fileMeta(fd, parent, base, mode, h)
+}
+
+func openNew(parent int, base string, mode uint32) (int, error) {
+	for {
+		fd, err := unix.Openat(parent, base, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
+		if err != unix.EINTR {
+			return fd, err
+		}
+	}
+}
+
+// copy writes the contents and returns the bytes allocated, roughly. Of sparse
+// entries, blocks of zeros stay holes.
+func (a *applier) copy(fd int, h *tar.Header, body io.Reader) (int64, error) {
+	sparse := isSparse(h)
+	var off, allocated int64
+	for off < h.Size {
+		if err := a.ctx.Err(); err != nil {
+			return 0, context.Cause(a.ctx)
+		}
+		n, err := io.ReadFull(body, a.buf[:min(int64(len(a.buf)), h.Size-off)])
+		if err != nil {
+			if err == io.EOF {
+				err = io.ErrUnexpectedEOF
+			}
+			return 0, streamError(err)
+		}
+		if sparse && allZero(a.buf[:n]) {
+			off += int64(n)
+			continue
+		}
+		if err := writeAt(fd, a.buf[:n], off); err != nil {
+			return 0, err
+		}
+		off += int64(n)
+		allocated += (int64(n) + blockSize - 1) &^ (blockSize - 1)
+	}
+	if sparse {
+		return allocated, unix.Ftruncate(fd, h.Size)
+	}
+	return allocated, nil
+}
+
+func writeAt(fd int, b []byte, off int64) error {
+	for len(b) > 0 {
+		n, err := unix.Pwrite(fd, b, off)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return io.ErrShortWrite
+		}
+		b, off = b[n:], off+int64(n)
+	}
+	return nil
+}
+
+func isSparse(h *tar.Header) bool {
+	if h.Typeflag == tar.TypeGNUSparse {
+		return true
+	}
+	for k := range h.PAXRecords {
+		if strings.HasPrefix(k, "GNU.sparse.") {
+			return true
+		}
+	}
+	return false
+}
+
+func allZero(b []byte) bool {
+	for _, c := range b {
+		if c != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// link makes a hard link to a file of this layer, whose path is resolved inside the
+// root like any other. The link itself has no metadata.
+func (a *applier) link(parent int, name, base, target string) error {
+	to, err := cleanName(target)
+	if err != nil {
+		return fmt.Errorf("link target %q: %w", clip(target), err)
+	}
+	if to == "" {
+		return fmt.Errorf("link to the root: %w", ErrUnsafe)
+	}
+	if to == name {
+		return nil // some archivers list a file as a link to itself
+	}
+	dir, toBase := path.Split(to)
+	from := a.root
+	if dir != "" {
+		if from, err = resolve(a.root, strings.TrimSuffix(dir, "/"), dirFlags); err != nil {
+			return fmt.Errorf("link target %q: %w", clip(target), err)
+		}
+		defer unix.Close(from)
+	}
+	err = unix.Linkat(from, toBase, parent, base, 0)
+	if err == unix.EEXIST && sameFile(from, toBase, parent, base) {
+		return nil // replacing the file by itself would remove it
+	}
+	if err != nil && err != unix.EEXIST {
+		return fmt.Errorf("link target %q: %w", clip(target), err)
+	}
+	return err
+}
+
+func sameFile(dir1 int, name1 string, dir2 int, name2 string) bool {
+	var s1, s2 unix.Stat_t
+	return unix.Fstatat(dir1, name1, &s1, unix.AT_SYMLINK_NOFOLLOW) == nil &&
+		unix.Fstatat(dir2, name2, &s2, unix.AT_SYMLINK_NOFOLLOW) == nil && s1.Dev == s2.Dev && s1.Ino == s2.Ino
+}
+
+// mkdir makes a listed directory, or takes over one that is there.
+func (a *applier) mkdir(parent int, name, base string, h *tar.Header) error {
+	if len(a.dirs.implied) > 0 {
+		a.made[name] = true
+	}
+	err := unix.Mkdirat(parent, base, 0o755)
+	if err == unix.EEXIST {
+		var st unix.Stat_t
+		if err := unix.Fstatat(parent, base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return err
+		}
+		if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+			return a.dirMetaLater(name, parent, base, h)
+		}
+		if err := unix.Unlinkat(parent, base, 0); err != nil {
+			return err
+		}
+		if err := unix.Mkdirat(parent, base, 0o755); err != nil {
+			return err
+		}
+		a.dirs.stale = true
+		if isWhiteout(&st) {
+			if err := setOpaque(parent, base); err != nil {
+				return err
+			}
+		}
+	} else if err != nil {
+		return err
+	}
+	a.result.Inodes++
+	return a.dirMetaLater(name, parent, base, h)
+}
+
+// whiteout hides base, or everything, of the layers below. What this layer has itself
+// under that name stays, whatever the order of the entries.
+func (a *applier) whiteout(parent int, dir, base string) error {
+	switch {
+	case base == whiteoutOpaque:
+		if dir == "" {
+			// Overlay does not look at the attribute of a layer's root.
+			a.result.OpaqueRoot = true
+			return nil
+		}
+		return setOpaque(parent, ".")
+	case strings.HasPrefix(base, whiteoutMeta):
+		return nil // notes that aufs kept for itself
+	}
+	hidden := base[len(whiteoutPrefix):]
+	if hidden == "" || hidden == "." || hidden == ".." {
+		return fmt.Errorf("whiteout of nothing: %w", ErrUnsafe)
+	}
+	err := unix.Mknodat(parent, hidden, unix.S_IFCHR, 0)
+	if err == nil {
+		a.result.Inodes++
+		return nil
+	}
+	if err != unix.EEXIST {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstatat(parent, hidden, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return err
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		return setOpaque(parent, hidden)
+	}
+	return nil
+}
+
+// impliedDirs leaves out those that the archive listed after all.
+func (a *applier) impliedDirs() []string {
+	var out []string
+	for _, d := range a.dirs.implied {
+		if !a.made[d] {
+			out = append(out, d)
+		}
+	}
+	a.result.Inodes += int64(len(a.dirs.implied))
+	return out
+}
+
+// cleanName makes an entry name relative to the root; "" is the root itself. ".." is
+// refused rather than resolved: no honest archiver writes it.
+func cleanName(name string) (string, error) {
+	if strings.IndexByte(name, 0) >= 0 {
+		return "", fmt.Errorf("NUL in name: %w", ErrUnsafe)
+	}
+	for part := range strings.SplitSeq(name, "/") {
+		if part == ".." {
+			return "", fmt.Errorf("\"..\" in name: %w", ErrUnsafe)
+		}
+	}
+	name = strings.TrimPrefix(path.Clean("/"+name), "/")
+	if len(name) >= unix.PathMax {
+		return "", fmt.Errorf("name of %d bytes, at most %d: %w", len(name), unix.PathMax-1, ErrUnsafe)
+	}
+	return name, nil
+}
+
+func clip(s string) string {
+	if len(s) > 256 {
+		return s[:256] + "…"
+	}
+	return s
+}
+
+// umask reads the mask of the process, which umask(2) could only do by changing it.
+// When it cannot be read all bits count as masked: each file then costs a chmod.
+func umask() uint32 {
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return 0o777
+	}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "Umask:"); ok {
+			if m, err := strconv.ParseUint(strings.TrimSpace(v), 8, 32); err == nil {
+				return uint32(m)
+			}
+		}
+	}
+	return 0o777
+}

@@ -1,0 +1,146 @@
+package layer
+
+import (
+	"bytes"
+	"compress/gzip"
+	"errors"
+	"io"
+	"math/rand"
+	"strings"
+	"testing"
+	"testing/iotest"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+)
+
+func mustGzip(t testing.TB, b []byte) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	w := gzip.NewWriter(&out)
+	w.Write(b)
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+func mustZstd(t testing.TB, b []byte, opts ...zstd.EOption) []byte {
+	t.Helper()
+	w, err := zstd.NewWriter(nil, opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w.EncodeAll(b, nil)
+}
+
+func sample(n int) []byte {
+	b := make([]byte, n)
+	r := rand.New(rand.NewSource(int64(n)))
+	r.Read(b[:n/2]) // half does not compress
+	return b
+}
+
+func TestStream(t *testing.T) {
+	skippable := append([]byte{0x50, 0x2a, 0x4d, 0x18, 3, 0, 0, 0}, "abc"...)
+	for _, size := range []int{0, 1, 1000, 3 << 20} {
+		plain := sample(size)
+		for name, raw := range map[string][]byte{
+			"plain": plain, "gzip": mustGzip(t, plain), "zstd": mustZstd(t, plain),
+			"gzip members": append(mustGzip(t, plain[:size/2]), mustGzip(t, plain[size/2:])...),
+			"zstd chunked": append(bytes.Clone(skippable), mustZstd(t, plain)...),
+		} {
+			if name == "zstd chunked" && size == 0 {
+				continue
+			}
+			s, err := Open(io.NopCloser(bytes.NewReader(raw)), Blob{
+				MediaType: "application/vnd.oci.image.layer.v1.tar+zstd",
+				Digest:    digest.FromBytes(raw), DiffID: digest.SHA512.FromBytes(plain), Size: int64(len(raw)),
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := io.ReadAll(s)
+			if err != nil || !bytes.Equal(got, plain) {
+				t.Errorf("%s of %d: %d bytes, %v", name, size, len(got), err)
+			}
+			s.Close()
+			if s.Received() != int64(len(raw)) {
+				t.Errorf("%s of %d: received %d, want %d", name, size, s.Received(), len(raw))
+			}
+		}
+	}
+}
+
+func TestStreamErrors(t *testing.T) {
+	plain := sample(1 << 20)
+	raw := mustGzip(t, plain)
+	zst := mustZstd(t, plain)
+	big := mustZstd(t, make([]byte, 256<<20), zstd.WithWindowSize(128<<20), zstd.WithSingleSegment(false))
+	bomb := mustGzip(t, make([]byte, 8<<20))
+	broken := errors.New("broken")
+	good := digest.FromBytes(plain)
+	for _, tc := range []struct {
+		name string
+		src  io.Reader
+		blob Blob
+		want error
+	}{
+		{"other digest", bytes.NewReader(raw), Blob{Digest: good, DiffID: good, Size: -1}, ErrDigest},
+		{"other diff ID", bytes.NewReader(raw), Blob{Digest: digest.FromBytes(raw), DiffID: digest.FromString("x"), Size: -1}, ErrDigest},
+		{"longer than stated", bytes.NewReader(raw), Blob{Digest: digest.FromBytes(raw), DiffID: good, Size: 1000}, ErrDigest},
+		{"cut gzip", bytes.NewReader(raw[:len(raw)/2]), Blob{Digest: good, DiffID: good, Size: -1}, ErrCorrupt},
+		{"cut zstd", bytes.NewReader(zst[:len(zst)/2]), Blob{Digest: good, DiffID: good, Size: -1}, ErrCorrupt},
+		{"bad gzip", strings.NewReader("\x1f\x8bnonsense"), Blob{Digest: good, DiffID: good, Size: -1}, ErrCorrupt},
+		{"xz", strings.NewReader("\xfd7zXZ\x00\x00"), Blob{Digest: good, DiffID: good, Size: -1}, ErrUnsupported},
+		{"zstd window", bytes.NewReader(big), Blob{Digest: good, DiffID: good, Size: -1}, ErrTooLarge},
+		{"bomb", bytes.NewReader(bomb), Blob{Digest: good, DiffID: good, Size: -1, MaxBytes: 1 << 20}, ErrTooLarge},
+		{"source", io.MultiReader(bytes.NewReader(raw[:5000]), iotest.ErrReader(broken)), Blob{Digest: good, DiffID: good, Size: -1}, broken},
+	} {
+		s, err := Open(io.NopCloser(tc.src), tc.blob)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(io.Discard, s); !errors.Is(err, tc.want) {
+			t.Errorf("%s: %v, want %v", tc.name, err, tc.want)
+		}
+		s.Close()
+	}
+	if _, err := Open(io.NopCloser(strings.NewReader("")), Blob{Digest: "sha256:zz", DiffID: good}); err == nil {
+		t.Error("malformed digest was taken")
+	}
+	if _, err := Open(io.NopCloser(strings.NewReader("")), Blob{Digest: "md5:d41d8cd98f00b204e9800998ecf8427e", DiffID: good}); err == nil {
+		t.Error("digest of an unknown algorithm was taken")
+	}
+}
+
+// TestStreamClose: a stream that nobody reads to its end leaves no goroutine behind.
+func TestStreamClose(t *testing.T) {
+	r, w := io.Pipe()
+	good := digest.FromString("")
+	s, err := Open(r, Blob{Digest: good, DiffID: good, Size: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for {
+			if _, err := w.Write(make([]byte, 64<<10)); err != nil {
+				return
+			}
+		}
+	}()
+	if _, err := io.ReadFull(s, make([]byte, 100<<10)); err != nil {
+		t.Fatal(err)
+	}
+	closed := make(chan struct{})
+	go func() { s.Close(); close(closed) }()
+	select {
+	case <-closed:
+	case <-time.After(10 * time.Second):
+		t.Fatal("Close hangs")
+	}
+	if _, err := s.Read(make([]byte, 1<<20)); err == nil {
+		t.Log("buffered data may still come")
+	}
+}
