@@ -57,8 +57,10 @@ func ResolveUser(sc *runtime.LinuxContainerSecurityContext, imageUser string, pa
 			return User{}, err
 		}
 	}
-	u.AdditionalGIDs, err = additionalGroups(sc, u.GID, name, group)
-	return u, err
+	if u.AdditionalGIDs, err = additionalGroups(sc, u.GID, name, group); err != nil {
+		return User{}, err
+	}
+	return u, nil
 }
 
 // principal is a user as requested and not looked up yet.
