@@ -1,0 +1,268 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// config is everything that can be configured. Each value is described once,
+// in fields: its key, default, limits and meaning. Reading a file, printing
+// the default file, the documentation and a reload all follow that list.
+type config struct {
+	StateDir, RunDir, Socket string
+	LogLevel                 int64
+	MetricsListen            string
+	OOMScoreAdj              int64
+
+	CgroupDriver, DefaultRuntime string
+	Runtimes                     map[string]*runtimeConfig
+	ShimPath, InitPath           string
+	PodTimeout, ContainerTimeout time.Duration
+	ExecOutputLimit              int64
+	ExecDrain                    time.Duration
+	MaxLogLine                   int64
+	StatsTTL                     time.Duration
+	UnprivilegedPorts            bool
+	UnprivilegedICMP             bool
+
+	CNIConfDir        string
+	CNIBinDirs        []string
+	CNIFallbackSubnet string
+	CNITimeout        time.Duration
+	CNIMaxConcurrent  int64
+
+	RegistriesConf, RegistriesConfDir, RegistriesDir string
+	CertsDir, PolicyPath, AuthFile                   string
+	UnqualifiedRegistry                              string
+	InsecureRegistries                               []string
+	PinnedImages                                     []string
+	MaxConcurrentLayers, MaxLayerBytes               int64
+	PullTimeout, PullStallTimeout, PullOrphanTimeout time.Duration
+
+	// origin tells where a key was set, as "file:line" or a flag, for errors.
+	origin map[string]string
+}
+
+// runtimeConfig is one OCI runtime, the table [runtimes.<handler>].
+type runtimeConfig struct {
+	Path, Root string
+}
+
+// Limits that have a reason outside of this file.
+const (
+	maxRunDir = 40  // room for "/s/" and a container's ID in a socket's address
+	maxSocket = 107 // the address of a unix socket holds 108 bytes with its NUL
+)
+
+// fields describes the keys of c in the order in which they are documented.
+func (c *config) fields() []*field {
+	return []*field{
+		path(&c.StateDir, "state_dir", "/var/lib/berth",
+			"Directory of what survives a reboot: the book, image layers, writable layers. Made with mode 0700. Put it on a local ext4 or xfs file system."),
+		path(&c.RunDir, "run_dir", "/run/berth",
+			"Directory of what does not: sockets, bundles, pinned namespaces. Made with mode 0700.").bytes(maxRunDir),
+		path(&c.Socket, "socket", "",
+			`Unix socket of the CRI, mode 0600. "" means berth.sock in run_dir.`).bytes(maxSocket).optional(),
+		integer(&c.LogLevel, "log_level", 2, 0, 10,
+			"Verbosity of the log: 0 errors and news, 2 also every change of a pod, a container or an image, 4 also every step and every read.").live(),
+		text(&c.MetricsListen, "metrics_listen", "", checkMetricsListen,
+			`Where /metrics (Prometheus) and /healthz are served: a loopback address such as "127.0.0.1:9797", or "unix:/run/berth/metrics.sock". "" means nowhere.`),
+		integer(&c.OOMScoreAdj, "oom_score_adj", -999, -1000, 1000,
+			"The kernel's inclination to kill berthd when memory runs out. Containers and shims have their own."),
+
+		choice(&c.CgroupDriver, "cgroup_driver", []string{"auto", "systemd", "cgroupfs"},
+			"Who makes cgroups; has to be what the kubelet uses, which asks for it. \"auto\" is systemd where that is the init system. Do not change it while pods exist."),
+		text(&c.DefaultRuntime, "default_runtime", "runc", checkHandler,
+			"The handler of pods that name none."),
+		program(&c.ShimPath, "shim_path",
+			`The program berth-shim. "" means beside berthd, then in PATH.`),
+		program(&c.InitPath, "init_path",
+			`The program berth-init. "" means beside berthd, then in PATH.`),
+		duration(&c.PodTimeout, "pod_timeout", 4*time.Minute, time.Second, time.Hour,
+			"How long an operation on a pod may take before it is undone."),
+		duration(&c.ContainerTimeout, "container_timeout", 2*time.Minute, time.Second, time.Hour,
+			"How long an operation on a container may take before it is undone, beside the grace period of a stop."),
+		size(&c.ExecOutputLimit, "exec_output_limit", 16<<20, 4<<10, 16<<20,
+			"What is kept of each output stream of an ExecSync; the rest is dropped. The upper limit is that of a CRI message."),
+		duration(&c.ExecDrain, "exec_drain", 2*time.Second, 10*time.Millisecond, time.Minute,
+			"How long the output of an ExecSync is waited for when its command has ended and a child still holds it open."),
+		integer(&c.MaxLogLine, "max_container_log_line_size", 16384, 256, 1<<20,
+			"Length in bytes at which a line of a container's output is split in its log."),
+		duration(&c.StatsTTL, "stats_ttl", 10*time.Second, time.Second, time.Hour,
+			"How old the sizes of writable layers in stats may be."),
+		boolean(&c.UnprivilegedPorts, "enable_unprivileged_ports", true,
+			"Let every process of a pod listen below port 1024."),
+		boolean(&c.UnprivilegedICMP, "enable_unprivileged_icmp", true,
+			"Let every process of a pod send pings."),
+
+		path(&c.CNIConfDir, "cni_conf_dir", "/etc/cni/net.d",
+			"Directory of CNI configurations. It is watched, and need not exist yet."),
+		paths(&c.CNIBinDirs, "cni_bin_dirs", []string{"/opt/cni/bin", "/usr/lib/cni"},
+			"Directories of CNI plugins, searched in order."),
+		text(&c.CNIFallbackSubnet, "cni_fallback_subnet", "10.85.0.0/16", checkSubnet,
+			`Subnet of berth's own bridge network, which is used as long as cni_conf_dir has no valid configuration. "" means to wait for one. Needs the plugins bridge, host-local and portmap.`),
+		duration(&c.CNITimeout, "cni_timeout", time.Minute, time.Second, 10*time.Minute,
+			"How long the plugins may take to attach or detach a pod; then they are killed."),
+		integer(&c.CNIMaxConcurrent, "max_concurrent_cni", 0, 0, 1024,
+			"How many pods are attached or detached at once. 0 means twice the number of processors, 4 at least."),
+
+		path(&c.RegistriesConf, "registries_conf", "",
+			`File registries.conf (v2): mirrors, aliases, blocked registries. "" means that of the host, /etc/containers/registries.conf.`).optional(),
+		path(&c.RegistriesConfDir, "registries_conf_dir", "",
+			`Directory of its drop-ins. "" means that of the host.`).optional(),
+		path(&c.RegistriesDir, "registries_dir", "",
+			`Directory registries.d, which tells where signatures are. "" means that of the host.`).optional(),
+		path(&c.CertsDir, "certs_dir", "",
+			`Directory with CA and client certificates for each registry. "" means those of the host, /etc/containers/certs.d and /etc/docker/certs.d.`).optional(),
+		path(&c.PolicyPath, "policy_path", "",
+			`Signature policy. "" means /etc/containers/policy.json if there is one, and to accept every image otherwise.`).optional(),
+		path(&c.AuthFile, "auth_file", "",
+			`Credentials for pulls that bring none, in the format of auth.json. "" means those of the host.`).optional(),
+		text(&c.UnqualifiedRegistry, "unqualified_registry", "docker.io", checkRegistry,
+			"Registry of image names without one, unless registries.conf says otherwise."),
+		list(&c.InsecureRegistries, "insecure_registries", nil, checkRegistry,
+			"Registries (host or host:port) that may use plain HTTP or any certificate. Registries on loopback addresses may without being listed."),
+		list(&c.PinnedImages, "pinned_images", nil, checkPattern,
+			`Images that the kubelet is told not to remove: references, or patterns such as "registry.example/base:*".`),
+		integer(&c.MaxConcurrentLayers, "max_concurrent_layers", 6, 1, 64,
+			"How many image layers are downloaded and unpacked at once, over all pulls."),
+		size(&c.MaxLayerBytes, "max_layer_bytes", 256<<30, 1<<20, 1<<50,
+			"How large one layer may become when it is unpacked."),
+		duration(&c.PullTimeout, "pull_timeout", time.Hour, time.Second, 24*time.Hour,
+			"How long a pull may take in all."),
+		duration(&c.PullStallTimeout, "pull_stall_timeout", time.Minute, time.Second, 24*time.Hour,
+			"How long a registry may send next to nothing before a pull is given up or goes on elsewhere."),
+		duration(&c.PullOrphanTimeout, "pull_orphan_timeout", 5*time.Minute, time.Second, 24*time.Hour,
+			"How long a pull goes on when nobody waits for it any more."),
+	}
+}
+
+// fields describes the keys of one table [runtimes.<handler>].
+func (r *runtimeConfig) fields(handler string) []*field {
+	return []*field{
+		program(&r.Path, "path",
+			"The OCI runtime, a program with runc's command line. \"\" means the one in PATH that is called like the handler."),
+		path(&r.Root, "root", "",
+			`Directory of the runtime's own state. "" means oci/`+handler+` in run_dir.`).optional(),
+	}
+}
+
+// defaults is the configuration of a node without a file.
+func defaults() *config {
+	c := &config{Runtimes: map[string]*runtimeConfig{"runc": newRuntime("runc")}, origin: map[string]string{}}
+	for _, f := range c.fields() {
+		f.reset()
+	}
+	return c
+}
+
+func newRuntime(handler string) *runtimeConfig {
+	r := &runtimeConfig{}
+	for _, f := range r.fields(handler) {
+		f.reset()
+	}
+	return r
+}
+
+// finish checks what concerns several keys and fills in what derives from
+// others.
+func (c *config) finish() error {
+	if c.Runtimes[c.DefaultRuntime] == nil {
+		return c.wrong("default_runtime", "%q: there is no table [runtimes.%s], only %s",
+			c.DefaultRuntime, c.DefaultRuntime, strings.Join(slices.Sorted(maps.Keys(c.Runtimes)), ", "))
+	}
+	if c.StateDir == c.RunDir {
+		return c.wrong("run_dir", "%q is state_dir as well", c.RunDir)
+	}
+	if c.Socket == "" {
+		c.Socket = filepath.Join(c.RunDir, "berth.sock")
+	}
+	return nil
+}
+
+// wrong is an error about a key that names where the key was set.
+func (c *config) wrong(key, format string, args ...any) error {
+	where := ""
+	if o := c.origin[key]; o != "" {
+		where = o + ": "
+	}
+	return fmt.Errorf("%s%s = %w", where, key, fmt.Errorf(format, args...))
+}
+
+func checkMetricsListen(s string) error {
+	if _, _, err := metricsAddress(s); err != nil {
+		return fmt.Errorf("want host:port with a loopback address, or unix:/path: %w", err)
+	}
+	return nil
+}
+
+// metricsAddress splits a metrics_listen into what net.Listen takes.
+func metricsAddress(s string) (network, address string, err error) {
+	if p, ok := strings.CutPrefix(s, "unix:"); ok {
+		p = "/" + strings.TrimLeft(p, "/")
+		if len(p) > maxSocket || p == "/" {
+			return "", "", fmt.Errorf("a path of 1 to %d bytes", maxSocket)
+		}
+		return "unix", p, nil
+	}
+	if s == "" {
+		return "", "", nil
+	}
+	a, err := netip.ParseAddrPort(s)
+	if err != nil {
+		return "", "", err
+	}
+	if !a.Addr().IsLoopback() {
+		// Metrics are not authenticated.
+		return "", "", fmt.Errorf("%s is not a loopback address", a.Addr())
+	}
+	return "tcp", s, nil
+}
+
+func checkSubnet(s string) error {
+	if s == "" {
+		return nil
+	}
+	p, err := netip.ParsePrefix(s)
+	if err != nil || p != p.Masked() {
+		return fmt.Errorf("want a subnet such as 10.85.0.0/16")
+	}
+	return nil
+}
+
+// checkHandler accepts the name of a RuntimeClass handler: a DNS label, which
+// is also safe as a directory's name.
+func checkHandler(s string) error {
+	ok := len(s) > 0 && len(s) <= 63
+	for _, r := range s {
+		ok = ok && (r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-')
+	}
+	if !ok || s[0] == '-' || s[len(s)-1] == '-' {
+		return fmt.Errorf("want 1 to 63 lower-case letters, digits and '-'")
+	}
+	return nil
+}
+
+func checkRegistry(s string) error {
+	host := s
+	if h, _, err := net.SplitHostPort(s); err == nil {
+		host = h
+	}
+	if host == "" || len(s) > 255 || strings.ContainsAny(s, "/ \t\n@") {
+		return fmt.Errorf("want a registry as host or host:port")
+	}
+	return nil
+}
+
+func checkPattern(s string) error {
+	if _, err := filepath.Match(s, ""); err != nil || s == "" || len(s) > 512 {
+		return fmt.Errorf("want an image reference or a pattern of one, up to 512 bytes")
+	}
+	return nil
+}

@@ -1,0 +1,94 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// adapt fits this process to its job: it has to be root, its files get the
+// modes they are made with, and the kernel's choice of what to kill passes it
+// by. The limit of open files needs nothing: Go raises it to the hard limit,
+// and gives children the soft one that berthd was started with.
+func adapt(c *config) error {
+	if uid := os.Geteuid(); uid != 0 {
+		return fmt.Errorf("berthd has to run as root, not as user %d: it makes namespaces, mounts and cgroups", uid)
+	}
+	syscall.Umask(0o022)
+	for _, d := range []struct{ key, dir string }{{"state_dir", c.StateDir}, {"run_dir", c.RunDir}} {
+		if err := makePrivate(d.dir); err != nil {
+			return c.wrong(d.key, "%q: %w", d.dir, err)
+		}
+	}
+	return os.MkdirAll(filepath.Dir(c.Socket), 0o755)
+}
+
+// makePrivate makes a directory that only root may enter, or makes it so.
+// One of somebody else is refused: its owner could exchange what is in it.
+func makePrivate(dir string) error {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	// Held open, so that what was checked is what is changed.
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("want a directory: %w", err)
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if st.Uid != 0 {
+		return fmt.Errorf("belongs to user %d, want root", st.Uid)
+	}
+	if st.Mode&0o7777 == 0o700 {
+		return nil
+	}
+	return unix.Fchmod(fd, 0o700)
+}
+
+// setOOMScore sets this process's oom_score_adj. Lowering it takes a privilege
+// that a container may lack, so the error is for the log.
+func setOOMScore(adj int64) error {
+	return os.WriteFile("/proc/self/oom_score_adj", []byte(strconv.FormatInt(adj, 10)), 0)
+}
+
+// findProgram is the absolute path of one of berth's own programs: as
+// configured, or beside this program, or in PATH.
+func findProgram(key, configured, name string) (string, error) {
+	if configured == "" {
+		if self, err := os.Executable(); err == nil {
+			if p, err := exec.LookPath(filepath.Join(filepath.Dir(self), name)); err == nil {
+				return p, nil
+			}
+		}
+		configured = name
+	}
+	p, err := exec.LookPath(configured)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", key, err)
+	}
+	return filepath.Abs(p)
+}
+
+// cgroupDriver decides "auto": systemd makes cgroups where it is the init
+// system (sd_booted(3)).
+func cgroupDriver(configured string) string {
+	if configured != "auto" {
+		return configured
+	}
+	if st, err := os.Lstat("/run/systemd/system"); err == nil && st.IsDir() {
+		return "systemd"
+	}
+	return "cgroupfs"
+}

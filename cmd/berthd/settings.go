@@ -1,0 +1,88 @@
+package main
+
+import (
+	"path/filepath"
+
+	"github.com/berthd/berth/cni"
+	"github.com/berthd/berth/cri"
+	"github.com/berthd/berth/imageservice"
+	"github.com/berthd/berth/sandbox"
+)
+
+// What each part of the daemon is told of the configuration.
+
+func (c *config) sandbox() (sandbox.Config, error) {
+	shim, err := findProgram("shim_path", c.ShimPath, "berth-shim")
+	if err != nil {
+		return sandbox.Config{}, err
+	}
+	pid1, err := findProgram("init_path", c.InitPath, "berth-init")
+	if err != nil {
+		return sandbox.Config{}, err
+	}
+	runtimes := make(map[string]sandbox.Runtime, len(c.Runtimes))
+	for handler, r := range c.Runtimes {
+		path := r.Path
+		if path == "" {
+			path = handler
+		}
+		runtimes[handler] = sandbox.Runtime{Path: path, Root: r.Root}
+	}
+	return sandbox.Config{
+		StateDir: c.StateDir, RunDir: c.RunDir,
+		ShimBinary: shim, InitBinary: pid1,
+		Runtimes: runtimes, DefaultRuntime: c.DefaultRuntime,
+		CgroupDriver: cgroupDriver(c.CgroupDriver),
+		PodTimeout:   c.PodTimeout, ContainerTimeout: c.ContainerTimeout,
+		ExecOutputLimit: c.ExecOutputLimit, ExecDrain: c.ExecDrain,
+		MaxLogLine:        int(c.MaxLogLine),
+		UnprivilegedPorts: c.UnprivilegedPorts, UnprivilegedICMP: c.UnprivilegedICMP,
+		StatsTTL: c.StatsTTL,
+	}, nil
+}
+
+func (c *config) images() imageservice.Config {
+	return imageservice.Config{
+		LayersDir:           filepath.Join(c.StateDir, "layers"),
+		MaxConcurrentLayers: int(c.MaxConcurrentLayers), MaxLayerBytes: c.MaxLayerBytes,
+		PullTimeout: c.PullTimeout, StallTimeout: c.PullStallTimeout, OrphanTimeout: c.PullOrphanTimeout,
+		RegistriesConf: c.RegistriesConf, RegistriesConfDir: c.RegistriesConfDir, RegistriesDir: c.RegistriesDir,
+		CertsDir: c.CertsDir, PolicyPath: c.PolicyPath, AuthFile: c.AuthFile,
+		UnqualifiedRegistry: c.UnqualifiedRegistry, InsecureRegistries: c.InsecureRegistries,
+		PinnedImages: c.PinnedImages,
+	}
+}
+
+func (c *config) network() cni.Config {
+	return cni.Config{
+		ConfDir: c.CNIConfDir, BinDirs: c.CNIBinDirs,
+		CacheDir: filepath.Join(c.StateDir, "cni", "cache"),
+		Timeout:  c.CNITimeout, MaxConcurrent: int(c.CNIMaxConcurrent),
+		FallbackSubnet: c.CNIFallbackSubnet, FallbackDataDir: filepath.Join(c.StateDir, "cni", "fallback"),
+	}
+}
+
+func (c *config) edge(network *cni.Network) cri.Config {
+	return cri.Config{
+		Version: version(),
+		Info: map[string]func() any{
+			"cni":    func() any { return network.Info() },
+			"config": func() any { return c.show() },
+		},
+	}
+}
+
+// show is the configuration for a verbose Status. It holds paths and limits;
+// credentials are in files of their own.
+func (c *config) show() map[string]any {
+	out := map[string]any{}
+	for _, f := range c.fields() {
+		out[f.key] = f.get()
+	}
+	runtimes := map[string]any{}
+	for h, r := range c.Runtimes {
+		runtimes[h] = map[string]string{"path": r.Path, "root": r.Root}
+	}
+	out["runtimes"] = runtimes
+	return out
+}

@@ -1,0 +1,70 @@
+package main
+
+import (
+	"context"
+	"path/filepath"
+
+	"github.com/berthd/berth/cni"
+	"github.com/berthd/berth/cni/netns"
+	"github.com/berthd/berth/cri"
+	"github.com/berthd/berth/imageservice"
+	"github.com/berthd/berth/sandbox"
+	"github.com/berthd/berth/snapshotter/overlay"
+	"github.com/berthd/berth/store"
+)
+
+// run puts the daemon together, from the book up, and serves until ctx ends.
+// The book's lock makes sure that there is one daemon per state directory. When
+// the socket answers, lists are right. Everything ends in the opposite order.
+func (d *daemon) run(ctx context.Context) (err error) {
+	c := d.config
+	files, err := inherited()
+	if err != nil {
+		return err
+	}
+	node, err := c.sandbox()
+	if err != nil {
+		return err
+	}
+	book, err := store.Open(filepath.Join(c.StateDir, "book.db"))
+	if err != nil {
+		return err
+	}
+	defer join(&err, book.Close)
+	snapshots, err := overlay.New(c.StateDir, book)
+	if err != nil {
+		return err
+	}
+	images, err := imageservice.New(ctx, c.images(), book, snapshots)
+	if err != nil {
+		return err
+	}
+	defer join(&err, images.Close)
+	if err := netns.PrivateMount(c.RunDir); err != nil {
+		return err
+	}
+	pins, err := netns.NewPins(filepath.Join(c.RunDir, "ns"))
+	if err != nil {
+		return err
+	}
+	network, err := cni.New(c.network())
+	if err != nil {
+		return err
+	}
+	defer background(ctx, "cni", network.Run)()
+	pods, err := sandbox.New(ctx, node, sandbox.Deps{Store: book, Images: images, Snapshots: snapshots, Network: network, Pins: pins})
+	if err != nil {
+		return err
+	}
+	defer join(&err, func() error { return closeWithin(pods.Close) })
+	images.SetInUse(pods.ImagesInUse)
+	edge, err := cri.New(ctx, c.edge(network), cri.Deps{
+		Pods: pods, Containers: pods, Observer: pods, Exec: pods, Node: pods, Network: network, Images: images,
+	})
+	if err != nil {
+		return err
+	}
+	d.onReload(d.setLogLevel)
+	d.onReload(func(*config) { network.Reload(); images.Reload() })
+	return d.serve(ctx, edge, files)
+}
