@@ -304,6 +304,19 @@ func checkIDs(field string, user *runtime.Int64Value, name string, group *runtim
 // "memory.max". Anything with a slash would name another directory.
 var unifiedKey = regexp.MustCompile(`^[a-zA-Z0-9_]+(\.[a-zA-Z0-9_-]+)+$`)
 
+// cpuList is the kernel's list format: "0-3,8".
+var cpuList = regexp.MustCompile(`^[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*$`)
+
+func checkCPUList(field, s string) error {
+	if err := checkText(field, s, maxPath); err != nil {
+		return err
+	}
+	if s != "" && !cpuList.MatchString(s) {
+		return invalid(field, "%q, want numbers and ranges such as \"0-3,8\"", clip(s, maxName))
+	}
+	return nil
+}
+
 func checkResources(field string, r *runtime.LinuxContainerResources) error {
 	if r == nil {
 		return nil
@@ -331,8 +344,8 @@ func checkResources(field string, r *runtime.LinuxContainerResources) error {
 		},
 		func() error { return checkRange(field+".cpu_shares", r.GetCpuShares(), 0, max) },
 		func() error { return checkRange(field+".oom_score_adj", r.GetOomScoreAdj(), -maxOOMScore, maxOOMScore) },
-		func() error { return checkText(field+".cpuset_cpus", r.GetCpusetCpus(), maxPath) },
-		func() error { return checkText(field+".cpuset_mems", r.GetCpusetMems(), maxPath) },
+		func() error { return checkCPUList(field+".cpuset_cpus", r.GetCpusetCpus()) },
+		func() error { return checkCPUList(field+".cpuset_mems", r.GetCpusetMems()) },
 		func() error { return checkCount(field+".hugepage_limits", len(r.GetHugepageLimits()), maxList) },
 	)
 }

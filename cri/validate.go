@@ -1,6 +1,8 @@
 package cri
 
 import (
+	"bytes"
+	"encoding/base64"
 	"net/netip"
 	"path"
 	"strings"
@@ -187,6 +189,14 @@ func checkAuth(a *runtime.AuthConfig) error {
 		if len(f.value) > maxSecret {
 			return invalid("auth."+f.name, "%d bytes, limit %d", len(f.value), maxSecret)
 		}
+	}
+	if a.GetAuth() == "" || a.GetUsername() != "" || a.GetIdentityToken() != "" || a.GetRegistryToken() != "" {
+		return nil
+	}
+	// Docker pads the decoded text with NULs.
+	pair, err := base64.StdEncoding.DecodeString(a.GetAuth())
+	if err != nil || !bytes.Contains(pair, []byte(":")) {
+		return invalid("auth.auth", "want the base64 form of user:password")
 	}
 	return nil
 }
