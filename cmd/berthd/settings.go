@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os"
 	"path/filepath"
 
 	"github.com/berthd/berth/cni"
@@ -38,6 +39,8 @@ func (c *config) sandbox() (sandbox.Config, error) {
 		MaxLogLine:        int(c.MaxLogLine),
 		UnprivilegedPorts: c.UnprivilegedPorts, UnprivilegedICMP: c.UnprivilegedICMP,
 		StatsTTL: c.StatsTTL,
+		// Tests pretend a reboot with it; empty is the kernel's own.
+		BootID: os.Getenv("BERTH_TEST_BOOT_ID"),
 	}, nil
 }
 
