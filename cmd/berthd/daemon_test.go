@@ -338,6 +338,28 @@ func TestMakePrivate(t *testing.T) {
 	}
 }
 
+func TestLockDir(t *testing.T) {
+	dir := t.TempDir()
+	old := lockTimeout
+	defer func() { lockTimeout = old }()
+	lockTimeout = 60 * time.Millisecond
+	first, err := lockDir(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lockDir(t.Context(), dir); err == nil || !strings.Contains(err.Error(), "another berthd") {
+		t.Errorf("two locks: %v", err)
+	}
+	// A daemon that is about to end is waited for.
+	lockTimeout = 5 * time.Second
+	time.AfterFunc(60*time.Millisecond, func() { _ = first.Close() })
+	second, err := lockDir(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = second.Close()
+}
+
 func TestFindProgram(t *testing.T) {
 	dir := t.TempDir()
 	p := filepath.Join(dir, "berth-shim")

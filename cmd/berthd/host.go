@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -55,6 +57,35 @@ func makePrivate(dir string) error {
 		return nil
 	}
 	return unix.Fchmod(fd, 0o700)
+}
+
+// lockTimeout is how long lockDir waits for a daemon that is ending.
+var lockTimeout = 5 * time.Second
+
+// lockDir claims a directory for this process until the result is closed or
+// the process ends. Two daemons on one run directory would take each other's
+// pods for leaks, even with books of their own.
+func lockDir(ctx context.Context, dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
+	defer cancel()
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return nil, errors.Join(err, f.Close())
+		}
+		select {
+		case <-ctx.Done():
+			return nil, errors.Join(errors.New("another berthd uses it"), f.Close())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 }
 
 // setOOMScore sets this process's oom_score_adj. Lowering it takes a privilege

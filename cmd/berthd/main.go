@@ -118,6 +118,7 @@ func serve(src source, stderr io.Writer) error {
 	if d.manager, err = newNotifier(); err != nil {
 		return err
 	}
+	d.manager.status("Starting")
 	signals := d.catch(ctx)
 	defer signals()
 	if err := d.run(ctx); err != nil && !(ctx.Err() != nil && errors.Is(err, context.Canceled)) {

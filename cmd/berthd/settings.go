@@ -65,20 +65,22 @@ func (c *config) network() cni.Config {
 	}
 }
 
-func (c *config) edge(network *cni.Network) cri.Config {
+func (d *daemon) edge(network *cni.Network) cri.Config {
 	return cri.Config{
 		Version: version(),
 		Info: map[string]func() any{
 			"cni":    func() any { return network.Info() },
-			"config": func() any { return c.show() },
+			"config": d.show,
 		},
 	}
 }
 
 // show is the configuration for a verbose Status. It holds paths and limits;
 // credentials are in files of their own.
-func (c *config) show() map[string]any {
-	out := map[string]any{}
+func (d *daemon) show() any {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c, out := d.config, map[string]any{}
 	for _, f := range c.fields() {
 		out[f.key] = f.get()
 	}

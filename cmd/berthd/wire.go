@@ -14,8 +14,9 @@ import (
 )
 
 // run puts the daemon together, from the book up, and serves until ctx ends.
-// The book's lock makes sure that there is one daemon per state directory. When
-// the socket answers, lists are right. Everything ends in the opposite order.
+// Locks make sure that there is one daemon per run directory and one per book.
+// When the socket answers, lists are right. Everything ends in the opposite
+// order.
 func (d *daemon) run(ctx context.Context) (err error) {
 	c := d.config
 	files, err := inherited()
@@ -31,6 +32,11 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer join(&err, book.Close)
+	lock, err := lockDir(ctx, c.RunDir)
+	if err != nil {
+		return c.wrong("run_dir", "%q: %w", c.RunDir, err)
+	}
+	defer join(&err, lock.Close)
 	snapshots, err := overlay.New(c.StateDir, book)
 	if err != nil {
 		return err
@@ -58,7 +64,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	}
 	defer join(&err, func() error { return closeWithin(pods.Close) })
 	images.SetInUse(pods.ImagesInUse)
-	edge, err := cri.New(ctx, c.edge(network), cri.Deps{
+	edge, err := cri.New(ctx, d.edge(network), cri.Deps{
 		Pods: pods, Containers: pods, Observer: pods, Exec: pods, Node: pods, Network: network, Images: images,
 	})
 	if err != nil {
