@@ -129,7 +129,7 @@ func (c *config) fields() []*field {
 		list(&c.InsecureRegistries, "insecure_registries", nil, checkRegistry,
 			"Registries (host or host:port) that may use plain HTTP or any certificate. Registries on loopback addresses may without being listed."),
 		list(&c.PinnedImages, "pinned_images", nil, checkPattern,
-			`Images that the kubelet is told not to remove: references, or patterns such as "registry.example/base:*".`),
+			`Images that the kubelet is told not to remove: references, or patterns such as "registry.example/base:*".`).live(),
 		integer(&c.MaxConcurrentLayers, "max_concurrent_layers", 6, 1, 64,
 			"How many image layers are downloaded and unpacked at once, over all pulls."),
 		size(&c.MaxLayerBytes, "max_layer_bytes", 256<<30, 1<<20, 1<<50,

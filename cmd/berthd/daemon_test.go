@@ -388,7 +388,7 @@ func mustDaemon(t *testing.T, src source, log io.Writer) (*daemon, context.Conte
 	ctx, stop := context.WithCancel(klog.NewContext(t.Context(), textlogger.NewLogger(logs)))
 	t.Cleanup(stop)
 	d := &daemon{source: src, config: c, logs: logs, stop: stop}
-	d.onReload(d.setLogLevel)
+	d.onReload("log", d.setLogLevel)
 	return d, ctx
 }
 
@@ -397,7 +397,7 @@ func TestReload(t *testing.T) {
 	var log bytes.Buffer
 	d, ctx := mustDaemon(t, src, &log)
 	told := 0
-	d.onReload(func(*config) { told++ })
+	d.onReload("test", func(*config) error { told++; return errors.New("told-why-not") })
 	mustFileBody := func(body string) {
 		t.Helper()
 		if err := os.WriteFile(src.file, []byte(body), 0o644); err != nil {
@@ -409,6 +409,9 @@ func TestReload(t *testing.T) {
 	d.handle(ctx, syscall.SIGHUP)
 	if d.config.LogLevel != 4 || d.logs.Verbosity().String() != "4" || told != 1 {
 		t.Errorf("level %d, verbosity %v, told %d times", d.config.LogLevel, d.logs.Verbosity(), told)
+	}
+	if !strings.Contains(log.String(), "told-why-not") {
+		t.Errorf("the error of a part is not in\n%s", log.String())
 	}
 	if d.config.PodTimeout != 4*time.Minute {
 		t.Errorf("pod_timeout changed to %v in a running daemon", d.config.PodTimeout)

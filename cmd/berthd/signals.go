@@ -23,8 +23,14 @@ type daemon struct {
 	stop    context.CancelFunc // ends the daemon
 
 	mu        sync.Mutex
-	config    *config         // in force; guarded by mu
-	reloaders []func(*config) // what a reload tells; guarded by mu
+	config    *config    // in force; guarded by mu
+	reloaders []reloader // what a reload tells; guarded by mu
+}
+
+// reloader is a part of the daemon that takes a new configuration.
+type reloader struct {
+	part string
+	take func(*config) error
 }
 
 // catch handles signals until the function that it returns is called.
@@ -65,11 +71,11 @@ func (d *daemon) handle(ctx context.Context, s os.Signal) {
 	}
 }
 
-// onReload adds something to tell when the configuration has been read again.
-func (d *daemon) onReload(f func(*config)) {
+// onReload adds a part to tell when the configuration has been read again.
+func (d *daemon) onReload(part string, take func(*config) error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.reloaders = append(d.reloaders, f)
+	d.reloaders = append(d.reloaders, reloader{part, take})
 }
 
 // reload reads the configuration again. What can be changed while the daemon
@@ -95,8 +101,10 @@ func (d *daemon) reload(ctx context.Context) {
 		}
 	}
 	d.config.take(now)
-	for _, f := range d.reloaders {
-		f(d.config)
+	for _, r := range d.reloaders {
+		if err := r.take(d.config); err != nil {
+			log.Error(err, "Configuration not taken", "part", r.part)
+		}
 	}
 	log.Info("Configuration reloaded", "changed", strings.Join(live, " "))
 	if len(later) > 0 {
@@ -115,8 +123,8 @@ func (c *config) take(from *config) {
 }
 
 // setLogLevel is the verbosity of all loggers.
-func (d *daemon) setLogLevel(c *config) {
-	_ = d.logs.Verbosity().Set(strconv.FormatInt(c.LogLevel, 10)) // a number, which it takes
+func (d *daemon) setLogLevel(c *config) error {
+	return d.logs.Verbosity().Set(strconv.FormatInt(c.LogLevel, 10))
 }
 
 // serving is what the service manager shows.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 
 	"github.com/berthd/berth/cni"
@@ -70,7 +71,8 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	d.onReload(d.setLogLevel)
-	d.onReload(func(*config) { network.Reload(); images.Reload() })
+	d.onReload("log", d.setLogLevel)
+	d.onReload("network", func(*config) error { network.Reload(); return nil })
+	d.onReload("images", func(c *config) error { return errors.Join(images.SetPinned(c.PinnedImages), images.Reload()) })
 	return d.serve(ctx, edge, files)
 }
