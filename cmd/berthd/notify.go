@@ -64,22 +64,24 @@ func (n notifier) store(name string, l *net.UnixListener) bool {
 	if n.conn == nil {
 		return false
 	}
-	f, err := l.File()
-	if err != nil {
-		return false
-	}
-	defer f.Close()
-	n.send("FDSTOREREMOVE=1\nFDNAME=" + name)
-	raw, err := n.conn.SyscallConn()
-	if err != nil {
-		return false
-	}
+	// By its raw descriptor: File would make the listener's accept block, and
 	// WriteMsgUnix refuses connected datagram sockets.
-	var sent error
-	err = raw.Control(func(fd uintptr) {
-		sent = unix.Sendmsg(int(fd), []byte("FDSTORE=1\nFDNAME="+name), unix.UnixRights(int(f.Fd())), nil, 0)
+	manager, err := n.conn.SyscallConn()
+	if err != nil {
+		return false
+	}
+	socket, err := l.SyscallConn()
+	if err != nil {
+		return false
+	}
+	n.send("FDSTOREREMOVE=1\nFDNAME=" + name)
+	var sent, reached error
+	err = socket.Control(func(fd uintptr) {
+		reached = manager.Control(func(to uintptr) {
+			sent = unix.Sendmsg(int(to), []byte("FDSTORE=1\nFDNAME="+name), unix.UnixRights(int(fd)), nil, 0)
+		})
 	})
-	return err == nil && sent == nil
+	return errors.Join(err, reached, sent) == nil
 }
 
 // watchdogInterval is how often the manager wants to hear from this process,
