@@ -20,11 +20,12 @@ import (
 const argv0 = "berth-shim"
 
 // shimEnv is the shim's whole environment: the Go runtime's settings for a
-// process that mostly sleeps (one P; no periodic collection, as the shim asks
-// for collections itself, with a bound should it not), and what the OCI runtime
-// needs.
+// process that mostly sleeps (one P, so no look at the cgroup for more; no
+// periodic collection, as the shim asks for collections itself, with a bound
+// should it not), and what the OCI runtime needs.
 var shimEnv = []string{
 	"GOMAXPROCS=1",
+	"GODEBUG=containermaxprocs=0,updatemaxprocs=0",
 	"GOGC=off",
 	"GOMEMLIMIT=12MiB",
 	"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

@@ -1,0 +1,226 @@
+package shimd
+
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/berthd/berth/shim/wire"
+)
+
+const (
+	deleteTimeout   = 30 * time.Second
+	shutdownTimeout = 15 * time.Second
+	recordRetry     = 2 * time.Second
+	sendTimeout     = 500 * time.Millisecond // for the last words to clients
+)
+
+// initEnded is called when the container's init was reaped. What follows:
+//
+//	OOM count read -> rest of the container killed -> output drained
+//	-> exit record renamed into place -> clients told
+//	-> runtime delete -> socket removed -> end
+//
+// A crash between two steps leaves either no record and a runtime state, which
+// berthd takes for a killed shim, or a record and a runtime state to delete.
+func (s *shim) initEnded(ws unix.WaitStatus) {
+	s.status = wire.StatusExited
+	s.exit = wire.Exit{Code: exitCode(ws), At: now()}
+	if ws.Signaled() {
+		s.exit.Signal = int(ws.Signal())
+	}
+	s.exit.OOMKilled = s.oom.killed(ws.Signaled() && ws.Signal() == unix.SIGKILL) && s.exit.Code != 0
+	switch {
+	case s.exit.OOMKilled:
+		s.exit.Reason = "out of memory"
+	case len(s.shutdown) > 0:
+		s.exit.Reason = "shut down"
+	}
+	unix.Close(s.initFD)
+	s.initFD = -1
+	if !s.l.PrivatePID {
+		s.killRest(0)
+	}
+	for i := len(s.execs) - 1; i >= 0; i-- {
+		s.execs[i].kill()
+	}
+	s.closeStdin()
+	s.loop.after(s.l.DrainTimeout, s.closeStreams)
+	for _, st := range s.streams {
+		if st != nil {
+			st.read(turn)
+		}
+	}
+	s.drained()
+}
+
+// killRest kills what the init leaves behind in a PID namespace that it shared,
+// until nothing is left or it is to be believed that nothing helps.
+func (s *shim) killRest(try int) {
+	if killCgroups(s.l.CgroupKill, s.pid) && try < 200 && !s.loop.done {
+		s.loop.after(10*time.Millisecond, func() { s.killRest(try + 1) })
+	}
+}
+
+// closeStreams ends the draining: something that is not the container's any
+// more holds its output open.
+func (s *shim) closeStreams() {
+	for _, st := range s.streams {
+		if st != nil {
+			st.read(4 * turn)
+			st.close()
+		}
+	}
+}
+
+// drained goes on to the exit record when the init and all output have ended.
+func (s *shim) drained() {
+	if s.status != wire.StatusExited || s.told {
+		return
+	}
+	for _, st := range s.streams {
+		if st != nil && st.fd >= 0 {
+			return
+		}
+	}
+	s.record()
+}
+
+// record writes the exit record and tells the clients. When it cannot be
+// written, the exit is told all the same; with nobody to tell, it is tried
+// again, as the exit code is known to this process only.
+func (s *shim) record() {
+	if s.told {
+		return
+	}
+	err := replaceFile(s.l.ExitFile, wire.AppendExitFile(nil, s.exit))
+	if err != nil && len(s.conns) == 0 {
+		s.loop.after(recordRetry, s.record)
+		return
+	}
+	if err != nil {
+		s.exit.Reason = "exit record not written: " + err.Error()
+	}
+	s.log.close()
+	s.told = true
+	for _, c := range append([]*conn(nil), s.conns...) {
+		if c.hello {
+			pending{c, 0}.answer(s.exit)
+		}
+	}
+	s.endIfOver()
+}
+
+// endIfOver has the runtime delete the container once nothing else is under
+// way, then ends the shim.
+func (s *shim) endIfOver() {
+	if !s.told || s.ending || s.jobs > 0 || len(s.execs) > 0 {
+		return
+	}
+	s.ending = true
+	finish := func(e *stepError) {
+		for _, p := range s.shutdown {
+			if e != nil {
+				p.error(e)
+			} else {
+				p.ok()
+			}
+		}
+		s.quit()
+	}
+	_, e := s.run("runtime delete", deleteTimeout, false, [3]int{-1, -1, -1}, finish, "delete", "--force", s.l.ID)
+	if e != nil {
+		finish(e)
+	}
+}
+
+// shutDown ends the container in whatever state it is.
+func (s *shim) shutDown(p pending) *stepError {
+	s.shutdown = append(s.shutdown, p)
+	switch {
+	case s.status == "":
+		p.ok()
+		s.quit()
+	case s.create != nil:
+		s.create.job.stop(wire.CodeState, "ended by a shutdown")
+	case s.status != wire.StatusExited:
+		s.killAll()
+	}
+	s.loop.after(shutdownTimeout, func() {
+		if s.status == wire.StatusExited || s.ending {
+			return
+		}
+		p.error(fail(wire.CodeTimeout, "kill", "process "+itoa(s.init)+" does not end"))
+		for i, other := range s.shutdown {
+			if other == p {
+				s.shutdown = append(s.shutdown[:i], s.shutdown[i+1:]...)
+				break
+			}
+		}
+	})
+	return nil
+}
+
+// killAll kills the container. Without a PID namespace of its own the rest is
+// killed when the init has ended.
+func (s *shim) killAll() {
+	if s.initFD >= 0 {
+		unix.PidfdSendSignal(s.initFD, unix.SIGKILL, nil, 0)
+	}
+}
+
+// kill sends a signal.
+func (s *shim) kill(p pending, body wire.Fields) *stepError {
+	var k wire.Kill
+	if k.Decode(body) != nil || k.Signal < 1 || k.Signal > 64 {
+		return fail(wire.CodeInvalid, "", "signal "+itoa(k.Signal)+", limit 1 to 64")
+	}
+	if s.initFD < 0 {
+		return fail(wire.CodeState, "", "container is "+s.status)
+	}
+	sig := unix.Signal(k.Signal)
+	switch {
+	case !k.All || s.l.PrivatePID && sig == unix.SIGKILL:
+		// The kernel kills a PID namespace with its init.
+		if err := unix.PidfdSendSignal(s.initFD, sig, nil, 0); err == unix.ESRCH {
+			return fail(wire.CodeState, "", "container has ended")
+		} else if err != nil {
+			return failErr("signal", err)
+		}
+	case len(s.l.CgroupKill) > 0:
+		signalCgroups(s.l.CgroupKill, sig, s.pid)
+	default:
+		done := func(e *stepError) {
+			if e != nil {
+				p.error(e)
+			} else {
+				p.ok()
+			}
+		}
+		_, e := s.run("runtime kill", deleteTimeout, false, [3]int{-1, -1, -1}, done, "kill", "--all", s.l.ID, itoa(k.Signal))
+		return e
+	}
+	p.ok()
+	return nil
+}
+
+// quit ends the shim. Clients get a moment to take what was said last.
+func (s *shim) quit() {
+	if s.loop.done {
+		return
+	}
+	s.loop.done = true
+	if s.create != nil {
+		s.create.closeEnds(s)
+	}
+	if s.listener >= 0 {
+		unix.Unlink(s.l.Socket)
+	}
+	until := monotonic() + int64(sendTimeout)
+	for _, c := range append([]*conn(nil), s.conns...) {
+		for c.fd >= 0 && len(c.out) > 0 && monotonic() < until {
+			unix.Poll([]unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLOUT}}, 50)
+			c.flush()
+		}
+	}
+}

@@ -1,0 +1,153 @@
+package shimd
+
+import (
+	"bytes"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// readFile reads at most limit bytes of a file.
+func readFile(path string, limit int) ([]byte, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	return readAt(fd, 0, limit)
+}
+
+// readAt reads at most limit bytes from offset off on.
+func readAt(fd int, off int64, limit int) ([]byte, error) {
+	b := make([]byte, 0, min(limit, 512))
+	for len(b) < limit {
+		if len(b) == cap(b) {
+			b = append(b, 0)[:len(b)]
+		}
+		n, err := unix.Pread(fd, b[len(b):min(cap(b), limit)], off+int64(len(b)))
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if n == 0 {
+			break
+		}
+		b = b[:len(b)+n]
+	}
+	return b, nil
+}
+
+// writeAll writes b to a file that does not block.
+func writeAll(fd int, b []byte) error {
+	for len(b) > 0 {
+		n, err := unix.Write(fd, b)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+// writeFile writes to an existing file, such as one of a cgroup.
+func writeFile(path, text string) error {
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return writeAll(fd, []byte(text))
+}
+
+// replaceFile writes b to path by way of a temporary file beside it, so that
+// the path names either nothing or all of b.
+func replaceFile(path string, b []byte) error {
+	tmp := path + ".tmp"
+	fd, err := unix.Open(tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return err
+	}
+	err = writeAll(fd, b)
+	if cerr := unix.Close(fd); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = unix.Rename(tmp, path)
+	}
+	if err != nil {
+		unix.Unlink(tmp)
+	}
+	return err
+}
+
+// readPid reads a file that holds one process ID, and removes it.
+func readPid(path string) (int, error) {
+	b, err := readFile(path, 32)
+	if err != nil {
+		return 0, err
+	}
+	unix.Unlink(path)
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil || pid <= 1 {
+		return 0, unix.EINVAL
+	}
+	return pid, nil
+}
+
+// eachDir calls fn for the names of the directories in dir. It tells them by
+// their type in the entry, which /proc and cgroup file systems give.
+func eachDir(dir string, fn func(name string)) error {
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	buf := make([]byte, 2048)
+	for {
+		n, err := unix.ReadDirent(fd, buf)
+		if n <= 0 || err != nil {
+			return err
+		}
+		for b := buf[:n]; len(b) > direntName; {
+			// ino u64, off u64, reclen u16, type u8, name
+			size := int(b[16]) | int(b[17])<<8
+			if size <= direntName || size > len(b) {
+				return unix.EIO
+			}
+			name := b[direntName:size]
+			if i := bytes.IndexByte(name, 0); i >= 0 {
+				name = name[:i]
+			}
+			if b[18] == unix.DT_DIR && name[0] != '.' {
+				fn(string(name))
+			}
+			b = b[size:]
+		}
+	}
+}
+
+const direntName = 19
+
+// memfd returns an anonymous file that appends, and its path for another
+// process: given a path, the runtime needs no inherited descriptor.
+func memfd(name string) (fd int, path string, err error) {
+	fd, err = unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return -1, "", err
+	}
+	if _, err = unix.FcntlInt(uintptr(fd), unix.F_SETFL, unix.O_APPEND); err != nil {
+		unix.Close(fd)
+		return -1, "", err
+	}
+	return fd, fdPath(fd), nil
+}
+
+func fdPath(fd int) string {
+	return "/proc/" + strconv.Itoa(unix.Getpid()) + "/fd/" + strconv.Itoa(fd)
+}
