@@ -250,7 +250,9 @@ func (e Exit) fields(b *Builder) {
 	b.Int(1, int64(e.Code))
 	b.Int(2, int64(e.Signal))
 	b.Bool(3, e.OOMKilled)
-	b.Int(4, e.At.UnixNano())
+	if !e.At.IsZero() { // whose UnixNano is not defined
+		b.Int(4, e.At.UnixNano())
+	}
 	b.String(5, e.Reason)
 }
 
