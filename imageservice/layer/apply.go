@@ -362,6 +362,7 @@ func (a *applier) mkdir(parent int, name, base string, h *tar.Header) error {
 		return err
 	}
 	a.result.Inodes++
+	a.result.Size += blockSize
 	return a.dirMetaLater(name, parent, base, h)
 }
 
@@ -409,7 +410,9 @@ func (a *applier) impliedDirs() []string {
 			out = append(out, d)
 		}
 	}
-	a.result.Inodes += int64(len(a.dirs.implied))
+	n := int64(len(a.dirs.implied))
+	a.result.Inodes += n
+	a.result.Size += n * blockSize
 	return out
 }
 

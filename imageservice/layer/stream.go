@@ -98,6 +98,24 @@ func (s *Stream) verify() error {
 	return io.EOF
 }
 
+// Blame finds the cause of err, an error about the contents: when the stream, read to its
+// end, is not what its digest says, the result is ErrDigest, and otherwise err. Nothing may
+// be read afterwards.
+func (s *Stream) Blame(err error) error {
+	if !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrUnsafe) && !errors.Is(err, ErrUnsupported) {
+		return err
+	}
+	s.stages[1].stop()
+	<-s.stages[1].done
+	if _, drained := io.Copy(io.Discard, s.stages[0]); drained != nil {
+		return err
+	}
+	if got := digest.NewDigest(s.blob.Digest.Algorithm(), s.raw.h); got != s.blob.Digest {
+		return fmt.Errorf("received %d bytes with digest %s, want %s: %w (noticed as: %v)", s.raw.n, got, s.blob.Digest, ErrDigest, err)
+	}
+	return err
+}
+
 // Received is the number of bytes that came from the source; it may be called only
 // after Close, or after Read returned an error.
 func (s *Stream) Received() int64 { return s.raw.n }

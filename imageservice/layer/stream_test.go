@@ -140,7 +140,35 @@ func TestStreamClose(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Fatal("Close hangs")
 	}
-	if _, err := s.Read(make([]byte, 1<<20)); err == nil {
-		t.Log("buffered data may still come")
+}
+
+// TestBlame: a stream that was changed on its way fails to unpack, but that is not the cause.
+func TestBlame(t *testing.T) {
+	plain := sample(2 << 20)
+	raw := mustGzip(t, plain)
+	changed := bytes.Clone(raw)
+	changed[len(changed)/2] ^= 1
+	for name, tc := range map[string]struct {
+		raw  []byte
+		want error
+	}{"changed": {changed, ErrDigest}, "as it was": {raw, ErrCorrupt}} {
+		s, err := Open(io.NopCloser(bytes.NewReader(tc.raw)), Blob{Digest: digest.FromBytes(raw), DiffID: digest.FromBytes(plain), Size: int64(len(raw))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = ApplyDir(t.Context(), t.TempDir(), s, Options{}) // random bytes are no archive
+		if got := s.Blame(err); !errors.Is(err, ErrCorrupt) || !errors.Is(got, tc.want) {
+			t.Errorf("%s: %v, blamed on %v, want %v", name, err, got, tc.want)
+		}
+		s.Close()
+	}
+	other := errors.New("other")
+	s, err := Open(io.NopCloser(strings.NewReader("")), Blob{Digest: digest.FromString("x"), DiffID: digest.FromString("x"), Size: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if got := s.Blame(other); got != other {
+		t.Errorf("an error of another kind became %v", got)
 	}
 }

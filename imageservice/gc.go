@@ -1,0 +1,269 @@
+package imageservice
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+
+	"k8s.io/klog/v2"
+
+	"github.com/berthd/berth/snapshotter"
+)
+
+// Remove removes the image that ref means, with all its names, and frees the layers that
+// nothing else needs. ErrNotFound when there is none. A layer that cannot be removed now
+// is tried again by the next GC.
+func (s *Service) Remove(ctx context.Context, ref string) error {
+	used := s.used()
+	id, err := s.dropImage(ref, used)
+	if err != nil {
+		return err
+	}
+	log := klog.FromContext(ctx)
+	log.V(2).Info("Image removed", "image", id, "inUse", used[id])
+	// The caller's deadline is no reason to leave layers behind.
+	if err := s.GC(context.WithoutCancel(ctx)); err != nil {
+		log.Error(err, "Layers of a removed image left for the next sweep", "image", id)
+	}
+	return nil
+}
+
+func (s *Service) dropImage(ref string, used map[string]bool) (string, error) {
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	id, err := s.view.Load().find(ref, *s.search.Load())
+	if err != nil {
+		return "", err
+	}
+	return id, s.commitLocked([]string{id}, func(_ string, old *imageRow) *imageRow {
+		if !used[id] {
+			return nil
+		}
+		r := *old
+		r.Dropped, r.Tags, r.Digests = true, nil, nil
+		return &r
+	}, nil)
+}
+
+// GC removes layers that no image needs, images that were removed while in use and are
+// no longer, and extractions that nobody works on. Layers below a container's snapshot
+// stay. While the book may be missing rows no layer is removed.
+func (s *Service) GC(ctx context.Context) error {
+	s.gcMu.Lock()
+	defer s.gcMu.Unlock()
+	errs := []error{s.forgetDropped()}
+	found, err := s.walk(ctx)
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	freed := 0
+	for _, key := range found.extractions {
+		if s.isExtracting(key) {
+			continue
+		}
+		errs = append(errs, ignoreGone(s.sn.Remove(ctx, key)))
+	}
+	if !s.book.Rebuilt() {
+		for _, name := range found.childrenFirst() {
+			if ctx.Err() != nil {
+				errs = append(errs, context.Cause(ctx))
+				break
+			}
+			n, err := s.collect(ctx, name)
+			freed += n
+			errs = append(errs, err)
+		}
+	}
+	if freed > 0 {
+		klog.FromContext(ctx).V(2).Info("Layers removed", "count", freed)
+	}
+	s.remeasure(ctx)
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("image garbage: %w", err)
+	}
+	return nil
+}
+
+// collect removes one layer unless an image or a pull needs it.
+func (s *Service) collect(ctx context.Context, name string) (freed int, err error) {
+	if !s.chains.condemn(name, func() bool { return s.view.Load().chains[name] }) {
+		return 0, nil
+	}
+	defer s.chains.absolve(name)
+	err = s.sn.Remove(ctx, name)
+	switch {
+	case err == nil:
+		return 1, nil
+	case errors.Is(err, snapshotter.ErrInUse): // a container's, or a layer that is held
+		return 0, nil
+	}
+	return 0, ignoreGone(err)
+}
+
+func ignoreGone(err error) error {
+	if errors.Is(err, snapshotter.ErrNotFound) {
+		return nil
+	}
+	return err
+}
+
+// forgetDropped removes the rows of images that were removed while in use and are no
+// longer.
+func (s *Service) forgetDropped() error {
+	if len(s.dropped()) == 0 {
+		return nil
+	}
+	used := s.used() // before the lock: it is someone else's function
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	ids := slices.DeleteFunc(s.dropped(), func(id string) bool { return used[id] })
+	if len(ids) == 0 {
+		return nil
+	}
+	return s.commitLocked(ids, func(string, *imageRow) *imageRow { return nil }, nil)
+}
+
+func (s *Service) dropped() (ids []string) {
+	for id, r := range s.view.Load().rows {
+		if r.Dropped {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+// found is what the snapshotter holds that belongs to images.
+type found struct {
+	parents     map[string]string // layer -> parent
+	extractions []string
+}
+
+func (s *Service) walk(ctx context.Context) (found, error) {
+	f := found{parents: map[string]string{}}
+	err := s.sn.Walk(ctx, func(_ context.Context, i snapshotter.Info) error {
+		switch {
+		case i.Kind == snapshotter.KindCommitted:
+			f.parents[i.Name] = i.Parent
+		case strings.HasPrefix(i.Name, extractPrefix):
+			f.extractions = append(f.extractions, i.Name)
+		}
+		return nil
+	})
+	if err != nil {
+		return f, fmt.Errorf("images: snapshots: %w", err)
+	}
+	return f, nil
+}
+
+// childrenFirst orders layers so that each comes before its parent.
+func (f found) childrenFirst() []string {
+	depth := make(map[string]int, len(f.parents))
+	names := make([]string, 0, len(f.parents))
+	for n := range f.parents {
+		names = append(names, n)
+		for p := f.parents[n]; p != "" && depth[n] <= len(f.parents); p = f.parents[p] {
+			depth[n]++
+		}
+	}
+	slices.SortFunc(names, func(a, b string) int {
+		if d := depth[b] - depth[a]; d != 0 {
+			return d
+		}
+		return strings.Compare(a, b)
+	})
+	return names
+}
+
+// recover is what New does about an earlier process: images that are not whole are
+// dropped, so that they are pulled again instead of failing each container, and all that
+// nobody needs is collected.
+func (s *Service) recover(ctx context.Context) error {
+	f, err := s.walk(ctx)
+	if err != nil {
+		return err
+	}
+	log := klog.FromContext(ctx)
+	var broken []string
+	for id, r := range s.view.Load().rows {
+		for _, l := range r.Layers {
+			if _, ok := f.parents[l.ChainID]; !ok {
+				log.Info("Image dropped, a layer is missing", "image", id, "tags", r.Tags, "layer", l.ChainID)
+				broken = append(broken, id)
+				break
+			}
+		}
+	}
+	if len(broken) > 0 {
+		if err := s.commit(broken, func(string, *imageRow) *imageRow { return nil }, nil); err != nil {
+			return err
+		}
+	}
+	// What containers use is not known yet; their snapshots protect the layers.
+	if err := s.GC(ctx); err != nil {
+		log.Error(err, "Left over from an earlier run, for the next sweep")
+	}
+	return nil
+}
+
+// chains says which layers must stay because a pull counts on them, and which are being
+// removed. A pull that wants one of the latter waits for its removal and makes it anew.
+type chains struct {
+	mu        sync.Mutex
+	held      map[string]int
+	condemned map[string]chan struct{}
+}
+
+// hold keeps the layers from being removed until release.
+func (c *chains) hold(ctx context.Context, names []string) (release func(), err error) {
+	done := 0
+	release = func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		for _, n := range names[:done] {
+			if c.held[n]--; c.held[n] == 0 {
+				delete(c.held, n)
+			}
+		}
+	}
+	for done < len(names) {
+		c.mu.Lock()
+		going := c.condemned[names[done]]
+		if going == nil {
+			c.held[names[done]]++
+			done++
+		}
+		c.mu.Unlock()
+		if going == nil {
+			continue
+		}
+		select {
+		case <-going:
+		case <-ctx.Done():
+			release()
+			return nil, context.Cause(ctx)
+		}
+	}
+	return release, nil
+}
+
+// condemn announces the removal of a layer, unless it is held or needed.
+func (c *chains) condemn(name string, needed func() bool) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.held[name] > 0 || needed() {
+		return false
+	}
+	c.condemned[name] = make(chan struct{})
+	return true
+}
+
+// absolve ends what condemn began.
+func (c *chains) absolve(name string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	close(c.condemned[name])
+	delete(c.condemned, name)
+}

@@ -1,0 +1,241 @@
+package imageservice
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/containers/image/v5/pkg/blobinfocache/none"
+	"github.com/containers/image/v5/types"
+	"github.com/opencontainers/go-digest"
+	"k8s.io/klog/v2"
+
+	"github.com/berthd/berth/imageservice/layer"
+	"github.com/berthd/berth/snapshotter"
+)
+
+const (
+	// extractPrefix begins the keys of snapshots that layers are unpacked into.
+	extractPrefix = "extract-"
+	// undoTimeout is for how long an extraction that failed may be removed.
+	undoTimeout = 5 * time.Minute
+)
+
+// flight is the making of one layer, for all pulls that want it.
+type flight struct {
+	done chan struct{}
+	err  error // valid once done is closed
+}
+
+// fetchLayers makes all layers that are missing, side by side. The first error ends the others.
+func (s *Service) fetchLayers(ctx context.Context, p *pull, pl *plan) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	p.count(len(pl.layers), 0)
+	var wg sync.WaitGroup
+	last := make(chan struct{}) // closed when the layer below the next one is committed
+	close(last)
+	for i := range pl.layers {
+		ready, below := make(chan struct{}), last
+		wg.Go(func() {
+			err := s.ensureLayer(ctx, pl, i, below)
+			if err != nil {
+				cancel(fmt.Errorf("layer %d of %d (%s): %w", i+1, len(pl.layers), pl.layers[i].Digest, err))
+				return
+			}
+			p.count(0, 1)
+			close(ready)
+		})
+		last = ready
+	}
+	wg.Wait()
+	return context.Cause(ctx) // the first one's
+}
+
+// ensureLayer makes layer i unless it is there or another pull is making it. A flight
+// that failed is no reason to fail: it may have been cancelled, or have had worse
+// credentials; then this pull flies itself.
+func (s *Service) ensureLayer(ctx context.Context, pl *plan, i int, below <-chan struct{}) error {
+	chain := pl.layers[i].ChainID
+	for {
+		f, own := s.flightOf(chain)
+		if own {
+			f.err = s.makeLayer(ctx, pl, i, below)
+			s.mu.Lock()
+			delete(s.flights, chain)
+			s.mu.Unlock()
+			close(f.done)
+			return f.err
+		}
+		select {
+		case <-f.done:
+			if f.err == nil {
+				return nil
+			}
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+func (s *Service) flightOf(chain string) (f *flight, own bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f := s.flights[chain]; f != nil {
+		return f, false
+	}
+	f = &flight{done: make(chan struct{})}
+	s.flights[chain] = f
+	return f, true
+}
+
+// makeLayer unpacks a layer into a snapshot of its own and, when the layer below is
+// there, commits it on that.
+func (s *Service) makeLayer(ctx context.Context, pl *plan, i int, below <-chan struct{}) (err error) {
+	chain := pl.layers[i].ChainID
+	switch _, err := s.sn.Stat(ctx, chain); {
+	case err == nil:
+		return nil
+	case !errors.Is(err, snapshotter.ErrNotFound):
+		return err
+	}
+	key, done := s.newExtraction()
+	defer done()
+	defer func() {
+		if err != nil {
+			s.undo(ctx, key)
+		}
+	}()
+	res, root, err := s.unpack(ctx, pl, i, key)
+	if err != nil {
+		return err
+	}
+	select {
+	case <-below:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	opts := []snapshotter.Opt{snapshotter.WithUsage(snapshotter.Usage{Size: res.Size, Inodes: res.Inodes})}
+	// Overlay does not know opaque roots, but a layer may do without the ones below.
+	if i > 0 && !res.OpaqueRoot {
+		parent := pl.layers[i-1].ChainID
+		opts = append(opts, snapshotter.WithParent(parent))
+		if err := s.adopt(ctx, key, parent, root, res.Implied); err != nil {
+			return err
+		}
+	}
+	return s.sn.Commit(ctx, chain, key, opts...)
+}
+
+// newExtraction returns a key that no other extraction has, and marks it as in use until
+// done is called.
+func (s *Service) newExtraction() (key string, done func()) {
+	key = fmt.Sprintf("%s%d-%d", extractPrefix, s.run, s.sequence.Add(1))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.extracting[key] = true
+	return key, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.extracting, key)
+	}
+}
+
+func (s *Service) isExtracting(key string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.extracting[key]
+}
+
+// undo removes an extraction, also when the pull was cancelled. What it cannot remove
+// the next GC finds.
+func (s *Service) undo(ctx context.Context, key string) {
+	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer stop()
+	if err := ignoreGone(s.sn.Remove(ctx, key)); err != nil {
+		klog.FromContext(ctx).Error(err, "Unfinished layer left for the next sweep", "snapshot", key)
+	}
+}
+
+// unpack downloads layer i into a new snapshot, as soon as there is a slot.
+func (s *Service) unpack(ctx context.Context, pl *plan, i int, key string) (res layer.Result, root string, err error) {
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	case <-ctx.Done():
+		return res, "", context.Cause(ctx)
+	}
+	mounts, err := s.sn.Prepare(ctx, key, "")
+	if err != nil {
+		return res, "", err
+	}
+	if len(mounts) != 1 || mounts[0].Type != "bind" || mounts[0].Target != "" {
+		return res, "", fmt.Errorf("snapshotter gave %d mounts to unpack into, want one directory: %w", len(mounts), ErrUnsupported)
+	}
+	root = mounts[0].Source
+	l := pl.layers[i]
+	r := s.download(ctx, pl.src, types.BlobInfo{Digest: digest.Digest(l.Digest), Size: l.Size, MediaType: l.MediaType})
+	st, err := layer.Open(r, layer.Blob{
+		MediaType: l.MediaType, Digest: digest.Digest(l.Digest), DiffID: digest.Digest(l.DiffID), Size: l.Size, MaxBytes: s.cfg.MaxLayerBytes,
+	})
+	if err != nil {
+		return res, "", classify(err)
+	}
+	began := time.Now()
+	res, err = layer.ApplyDir(ctx, root, st, layer.Options{MaxBytes: s.cfg.MaxLayerBytes, MaxEntries: s.cfg.MaxLayerEntries})
+	if err != nil {
+		err = st.Blame(err)
+	}
+	st.Close()
+	if err != nil {
+		return res, "", classify(because(ctx, err))
+	}
+	klog.FromContext(ctx).V(4).Info("Layer unpacked", "digest", l.Digest, "bytes", l.Size, "size", res.Size,
+		"entries", res.Entries, "took", time.Since(began))
+	return res, root, nil
+}
+
+// adopt gives the directories that the archive did not list the metadata that they have
+// in the layers below. Few images need it.
+func (s *Service) adopt(ctx context.Context, key, parent, root string, implied []string) (err error) {
+	if len(implied) == 0 {
+		return nil
+	}
+	viewKey := key + "-below"
+	s.mu.Lock()
+	s.extracting[viewKey] = true
+	s.mu.Unlock()
+	defer func() {
+		s.undo(ctx, viewKey)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.extracting, viewKey)
+	}()
+	mounts, err := s.sn.View(ctx, viewKey, parent)
+	if err != nil {
+		return err
+	}
+	below, err := snapshotter.OpenRoot(mounts)
+	if err != nil {
+		return err
+	}
+	defer below.Close()
+	dir, err := os.Open(root)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return layer.AdoptDirs(below, dir, implied)
+}
+
+// download is the stream of a blob that survives broken connections.
+func (s *Service) download(ctx context.Context, src types.ImageSource, info types.BlobInfo) io.ReadCloser {
+	return newBlobReader(ctx, info.Size, s.cfg.StallTimeout, func(ctx context.Context) (io.ReadCloser, error) {
+		r, _, err := src.GetBlob(ctx, info, none.NoCache)
+		return r, err
+	})
+}

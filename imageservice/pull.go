@@ -1,0 +1,321 @@
+package imageservice
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"runtime/debug"
+	"slices"
+	"sort"
+	"sync"
+	"time"
+
+	"github.com/containers/image/v5/docker/reference"
+	"k8s.io/klog/v2"
+
+	"github.com/berthd/berth/snapshotter"
+)
+
+// errOrphaned ends a pull for which nobody waits.
+var errOrphaned = errors.New("nobody waits for the pull any more")
+
+// pullKey tells pulls apart: callers with other credentials must not profit from, or fail
+// with, those of the first.
+type pullKey struct {
+	ref  string
+	auth [sha256.Size]byte
+}
+
+// pull is a flight: one pull and all who wait for it.
+type pull struct {
+	ref    string // as the first caller wrote it
+	done   chan struct{}
+	cancel context.CancelCauseFunc
+	began  time.Time
+
+	// Valid once done is closed.
+	image Image
+	err   error
+
+	// Guarded by Service.mu.
+	waiters int
+	orphan  *time.Timer
+
+	mu      sync.Mutex
+	stage   string
+	stageAt time.Time
+	layers  int // of which
+	ready   int // are there
+}
+
+// PullStatus tells what a running pull is doing.
+type PullStatus struct {
+	Reference string
+	Stage     string // such as "manifest" or "layers 3/8"
+	Began     time.Time
+	StageAt   time.Time
+}
+
+func (p *pull) enter(stage string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.stage, p.stageAt = stage, time.Now()
+}
+
+// count makes the layers part of the stage's name.
+func (p *pull) count(layers, ready int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.layers += layers
+	p.ready += ready
+}
+
+func (p *pull) status() PullStatus {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := PullStatus{Reference: p.ref, Stage: p.stage, Began: p.began, StageAt: p.stageAt}
+	if p.stage == stageLayers {
+		st.Stage = fmt.Sprintf("%s %d/%d", p.stage, p.ready, p.layers)
+	}
+	return st
+}
+
+// The stages of a pull.
+const (
+	stageManifest = "manifest"
+	stagePolicy   = "policy"
+	stageConfig   = "config"
+	stageLayers   = "layers"
+	stageSync     = "sync"
+	stageCommit   = "commit"
+)
+
+// Pulls returns what pulls are running, the oldest first.
+func (s *Service) Pulls() []PullStatus {
+	s.mu.Lock()
+	running := slices.Collect(maps.Values(s.pulls))
+	s.mu.Unlock()
+	out := make([]PullStatus, 0, len(running))
+	for _, p := range running {
+		out = append(out, p.status())
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].Began.Before(out[j].Began) })
+	return out
+}
+
+// Pull fetches the image that ref names and returns it once it is complete and durable.
+// A pull with the same reference and credentials that runs already is joined. The pull
+// does not end with ctx: a caller whose ctx ends gets an error that wraps the cause and
+// names the stage and its age, while the pull goes on for as long as somebody waits and
+// for OrphanTimeout longer, within PullTimeout. auth may be nil.
+func (s *Service) Pull(ctx context.Context, ref string, auth *Auth) (Image, error) {
+	names, err := candidates(ref, *s.search.Load())
+	if err != nil {
+		return Image{}, err
+	}
+	p, err := s.join(ctx, ref, names, auth)
+	if err != nil {
+		return Image{}, err
+	}
+	select {
+	case <-p.done:
+		return p.image, p.err
+	case <-ctx.Done():
+		s.leave(p)
+		st := p.status()
+		return Image{}, fmt.Errorf("pull of image %q goes on without its caller, at %s for %s, %s in all: %w",
+			ref, st.Stage, time.Since(st.StageAt).Round(time.Millisecond), time.Since(st.Began).Round(time.Millisecond), context.Cause(ctx))
+	}
+}
+
+// join finds the running pull or starts one.
+func (s *Service) join(ctx context.Context, ref string, names []reference.Named, auth *Auth) (*pull, error) {
+	key := pullKey{ref: names[0].String()}
+	if auth != nil {
+		b, err := json.Marshal(auth)
+		if err != nil {
+			return nil, err
+		}
+		key.auth = sha256.Sum256(b)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, ErrClosed
+	}
+	p := s.pulls[key]
+	if p == nil {
+		p = &pull{ref: ref, done: make(chan struct{}), began: time.Now()}
+		p.enter(stageManifest)
+		own, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+		p.cancel = cancel
+		s.pulls[key] = p
+		s.wg.Add(1)
+		go s.fly(own, key, p, names, auth)
+	}
+	p.waiters++
+	if p.orphan != nil {
+		p.orphan.Stop()
+		p.orphan = nil
+	}
+	return p, nil
+}
+
+func (s *Service) leave(p *pull) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p.waiters--; p.waiters == 0 {
+		p.orphan = time.AfterFunc(s.cfg.OrphanTimeout, func() { p.cancel(errOrphaned) })
+	}
+}
+
+// fly runs a pull to its end and tells all who wait.
+func (s *Service) fly(ctx context.Context, key pullKey, p *pull, names []reference.Named, auth *Auth) {
+	defer s.wg.Done()
+	ctx, stop := context.WithTimeoutCause(ctx, s.cfg.PullTimeout,
+		fmt.Errorf("pull took longer than %s: %w", s.cfg.PullTimeout, context.DeadlineExceeded))
+	log := klog.FromContext(ctx).WithValues("reference", p.ref)
+	ctx = klog.NewContext(ctx, log)
+	log.V(2).Info("Pull begins")
+	p.image, p.err = s.tryAll(ctx, p, names, auth)
+	stop()
+	p.cancel(nil)
+	if p.err != nil {
+		log.V(2).Info("Pull ends with an error", "took", time.Since(p.began), "err", p.err)
+	} else {
+		log.V(2).Info("Pull done", "took", time.Since(p.began), "image", p.image.ID)
+	}
+	s.mu.Lock()
+	delete(s.pulls, key)
+	if p.orphan != nil {
+		p.orphan.Stop()
+	}
+	s.mu.Unlock()
+	close(p.done)
+}
+
+// tryAll goes through the registries that a short name may be at. What counts as the
+// failure is that of the first registry that has the image or refuses to tell.
+func (s *Service) tryAll(ctx context.Context, p *pull, names []reference.Named, auth *Auth) (img Image, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			klog.FromContext(ctx).Error(nil, "Panic in a pull", "panic", v, "stack", string(debug.Stack()))
+			err = fmt.Errorf("image %q: panic: %v: %w", p.ref, v, ErrInvalidImage)
+		}
+	}()
+	var errs []error
+	for _, named := range names {
+		img, err := s.pullFrom(ctx, p, named, auth)
+		if err == nil {
+			return img, nil
+		}
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
+			err = fmt.Errorf("%w (%w)", cause, err)
+		}
+		errs = append(errs, fmt.Errorf("image %q: registry %s: %w", named.String(), reference.Domain(named), classify(err)))
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return Image{}, errors.Join(errs...)
+}
+
+// pullFrom is the pull of one full reference: its stages in order.
+func (s *Service) pullFrom(ctx context.Context, p *pull, named reference.Named, auth *Auth) (Image, error) {
+	plan, err := s.resolve(ctx, p, named, auth)
+	if err != nil {
+		return Image{}, err
+	}
+	defer plan.src.Close()
+	release, err := s.chains.hold(ctx, plan.chainIDs())
+	if err != nil {
+		return Image{}, err
+	}
+	defer release()
+	// Layers that a visible image has are durable. Others may come from a pull that
+	// has not synced yet, so that finding them here is not enough.
+	durable := true
+	for _, c := range plan.chainIDs() {
+		durable = durable && s.view.Load().chains[c]
+	}
+	p.enter(stageLayers)
+	if err := s.fetchLayers(ctx, p, plan); err != nil {
+		return Image{}, err
+	}
+	if syncer, ok := s.sn.(snapshotter.Syncer); ok && !durable {
+		p.enter(stageSync)
+		if err := syncer.Sync(ctx); err != nil {
+			return Image{}, err
+		}
+	}
+	p.enter(stageCommit)
+	return s.makeVisible(ctx, plan)
+}
+
+// makeVisible writes the image's row and takes its names away from other images, all in
+// one transaction.
+func (s *Service) makeVisible(ctx context.Context, plan *plan) (Image, error) {
+	size, err := s.sizeOf(ctx, plan.chainIDs())
+	if err != nil {
+		return Image{}, err
+	}
+	tags, digests := plan.names()
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	v := s.view.Load()
+	ids := []string{plan.id}
+	for _, n := range slices.Concat(tags, digests) {
+		if id, ok := v.names[n]; ok && !slices.Contains(ids, id) {
+			ids = append(ids, id)
+		}
+	}
+	err = s.commitLocked(ids, func(id string, old *imageRow) *imageRow {
+		if id != plan.id {
+			r := *old
+			r.Tags, r.Digests = without(old.Tags, tags), without(old.Digests, digests)
+			return &r
+		}
+		r := plan.row()
+		r.Size, r.Pulled = size, time.Now()
+		if old != nil {
+			r.Tags, r.Digests = old.Tags, old.Digests
+			if !old.Dropped {
+				r.Pulled = old.Pulled
+			}
+		}
+		r.Tags, r.Digests = union(r.Tags, tags), union(r.Digests, digests)
+		return r
+	}, plan.blobs())
+	if err != nil {
+		return Image{}, err
+	}
+	s.remeasure(ctx)
+	return s.view.Load().images[plan.id], nil
+}
+
+// sizeOf adds up what the layers take on disk. The kubelet reports and frees by this
+// number; as no compressed blob is kept, it is all that an image takes.
+func (s *Service) sizeOf(ctx context.Context, chainIDs []string) (uint64, error) {
+	var size uint64
+	for _, c := range chainIDs {
+		u, err := s.sn.Usage(ctx, c)
+		if err != nil {
+			return 0, err
+		}
+		size += uint64(max(u.Size, 0))
+	}
+	return size, nil
+}
+
+func union(a, b []string) []string {
+	out := slices.Concat(a, b)
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+func without(a, b []string) []string {
+	return slices.DeleteFunc(slices.Clone(a), func(s string) bool { return slices.Contains(b, s) })
+}
