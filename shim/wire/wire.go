@@ -149,7 +149,10 @@ type Launch struct {
 	DrainTimeout  time.Duration // for output after the init's end; 0 is 2 s; at most 1 min
 	CreateTimeout time.Duration // for the runtime's create and start, each; 0 is 2 min; at most 1 h
 
-	OOMScoreAdj *int // of the shim itself, -1000 … 1000; nil leaves it
+	// OOMScoreAdj is the shim's own, -1000 … 1000; nil leaves it. Where the
+	// kernel does not let it be lowered (no CAP_SYS_RESOURCE), it stays. The
+	// container inherits it unless its spec sets one.
+	OOMScoreAdj *int
 }
 
 // Launched answers Launch.
