@@ -150,27 +150,29 @@ func (c *conn) read() {
 		return
 	}
 	// The frames are worked on in a copy: handling one may use the buffer.
-	b := append(c.in, p...)
-	c.in = nil
+	c.in = append(c.in, p...)
+	b := c.in
 	for c.fd >= 0 {
 		f, n, err := wire.ParseFrame(b)
-		if err != nil {
+		if err != nil || n > 0 && !c.frame(f) {
 			c.close()
 			return
 		}
 		if n == 0 {
 			break
 		}
-		if !c.frame(f) {
-			c.close()
-			return
-		}
 		b = b[n:]
 	}
-	if len(b) > 0 && c.fd >= 0 {
-		c.in = append([]byte(nil), b...)
+	if c.fd < 0 {
+		return
+	}
+	if c.in = c.in[:copy(c.in, b)]; len(b) == 0 && cap(c.in) > keepIn {
+		c.in = nil
 	}
 }
+
+// keepIn is how large a buffer of a client is kept while nothing is in it.
+const keepIn = 8 << 10
 
 // frame handles one message. It returns false when the connection must end.
 func (c *conn) frame(f wire.Frame) bool {
@@ -182,6 +184,9 @@ func (c *conn) frame(f wire.Frame) bool {
 	}
 	var bad *stepError
 	s, p := c.s, pending{c, f.Call}
+	if f.Type != wire.TypeExec && f.Type != wire.TypeExecData {
+		s.collect(frameGarbage)
+	}
 	switch f.Type {
 	case wire.TypeLaunch:
 		bad = s.launch(p, f.Body)
@@ -280,7 +285,7 @@ func (c *conn) send(b []byte) {
 // write returns how many bytes the socket took, -1 when the client has gone.
 func (c *conn) write(b []byte) int {
 	for {
-		n, err := unix.SendmsgN(c.fd, b, nil, nil, unix.MSG_NOSIGNAL)
+		n, err := unix.Write(c.fd, b) // SIGPIPE is harmless
 		switch err {
 		case nil:
 			return n
@@ -318,7 +323,7 @@ func (c *conn) upload(f wire.Frame) bool {
 	}
 	u := c.uploadOf(f.Call)
 	if u == nil {
-		fd, _, err := memfd("process")
+		fd, err := unix.MemfdCreate("process", unix.MFD_CLOEXEC)
 		if err != nil || len(c.uploads) >= maxUploads {
 			unix.Close(fd)
 			return false

@@ -3,7 +3,6 @@ package shimd
 import (
 	"strconv"
 	"strings"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -12,14 +11,11 @@ import (
 
 // A create is a Launch that is under way.
 type create struct {
-	job    *job
-	asked  pending
-	pipe   int // where the forked child reports a failure, -1 when it is over
-	report *report
-	stdio  [3]int // the container's ends of its stdio
-	tty    int    // console socket, -1 for none
-	// ttyConn is the runtime's connection to it, -1 for none.
-	ttyConn int
+	job     *job
+	asked   pending
+	stdio   [3]int // the container's ends of its stdio
+	tty     int    // console socket, -1 for none
+	ttyConn int    // the runtime's connection to it, -1 for none
 }
 
 const (
@@ -42,7 +38,7 @@ func (s *shim) launch(p pending, body wire.Fields) *stepError {
 	}
 	if err == nil {
 		s.l, s.status = l, wire.StatusCreating
-		s.create = &create{asked: p, pipe: -1, tty: -1, ttyConn: -1, stdio: [3]int{-1, -1, -1}}
+		s.create = &create{asked: p, tty: -1, ttyConn: -1, stdio: [3]int{-1, -1, -1}}
 		err = s.prepare()
 	}
 	if err != nil {
@@ -80,71 +76,36 @@ func (s *shim) prepare() *stepError {
 }
 
 func (s *shim) runCreate() *stepError {
-	log, logPath, err := memfd("log")
+	mounts, err := mountPlan(s.l.Mounts, s.l.Rootfs)
 	if err != nil {
-		return failErr(stepCreate, err)
-	}
-	verb := []string{"create", "--bundle", s.l.Bundle, "--pid-file", s.l.Bundle + "/" + pidFile}
-	if s.l.Terminal {
-		verb = append(verb, "--console-socket", fdPath(s.bundle)+"/"+ttyFile)
-	}
-	argv := s.command(logPath, append(verb, s.l.ID)...)
-	plan := &forkPlan{stdio: s.create.stdio}
-	if plan.stdio[2] < 0 { // with a pty the runtime's own complaints go to the log
-		plan.stdio[2] = log
-	}
-	if plan.mounts, err = mountPlan(s.l.Mounts, s.l.Rootfs); err != nil {
-		unix.Close(log)
 		return fail(wire.CodeInvalid, "Mounts", err.Error())
 	}
-	var pipe [2]int
-	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
-		unix.Close(log)
-		return failErr(stepCreate, err)
+	j := s.newJob(stepCreate, s.createEnded)
+	j.hands = true
+	if e := j.begin(); e != nil {
+		return e
 	}
-	plan.fail = pipe[1]
-	pid, err := forkRuntime(plan, argv, s.env)
-	unix.Close(pipe[1])
-	if err != nil {
-		unix.Close(log)
-		unix.Close(pipe[0])
-		return failErr(stepCreate, err)
+	s.cmd.add("create", "--bundle", s.l.Bundle, "--pid-file", s.l.Bundle+"/"+pidFile)
+	if s.l.Terminal {
+		s.cmd.add("--console-socket")
+		s.cmd.begin().fd(s.bundle).str("/" + ttyFile).end()
 	}
-	s.create.pipe = pipe[0]
-	s.loop.add(pipe[0], unix.EPOLLIN, func(uint32) { s.create.readReport(s.loop) })
-	j := &job{s: s, step: stepCreate, pid: pid, log: log, done: s.createEnded, hands: true}
+	s.cmd.add(s.l.ID)
 	s.create.job = j
-	j.watch(s.l.CreateTimeout)
-	return nil
+	return j.run(&forkPlan{unshare: true, mounts: mounts, stdio: s.create.stdio}, s.l.CreateTimeout)
 }
 
-// readReport takes what the forked child had to say, if it failed.
-func (c *create) readReport(l *loop) {
-	if c.pipe < 0 {
-		return
-	}
-	var r report
-	n, err := unix.Read(c.pipe, unsafe.Slice((*byte)(unsafe.Pointer(&r)), unsafe.Sizeof(r)))
-	if err == unix.EAGAIN || err == unix.EINTR {
-		return
-	}
-	if n == int(unsafe.Sizeof(r)) {
-		c.report = &r
-	}
-	l.close(c.pipe)
-	c.pipe = -1
-}
-
-// explain turns the child's report into an answer.
-func (r *report) explain(l *wire.Launch) *stepError {
+// explain turns a forked child's report into an answer.
+func (r *report) explain(j *job) *stepError {
 	msg := unix.Errno(r.errno).Error()
+	l := &j.s.l
 	switch r.at {
 	case atUnshare:
 		return fail(wire.CodeInternal, "mount namespace", msg)
 	case atStdio:
 		return fail(wire.CodeInternal, "stdio", msg)
 	case atExec:
-		return fail(wire.CodeRuntime, stepCreate, l.Runtime+": "+msg)
+		return fail(wire.CodeRuntime, j.step, l.Runtime+": "+msg)
 	}
 	// A read-only bind is two calls, so the numbers are no indices.
 	var what []string
@@ -156,10 +117,6 @@ func (r *report) explain(l *wire.Launch) *stepError {
 
 func (s *shim) createEnded(e *stepError) {
 	c := s.create
-	c.readReport(s.loop)
-	if c.report != nil {
-		e = c.report.explain(&s.l)
-	}
 	if e == nil {
 		e = s.adoptInit()
 	}
@@ -191,11 +148,10 @@ func (s *shim) createEnded(e *stepError) {
 	if len(s.shutdown) > 0 {
 		s.killAll()
 	}
-	s.collect()
 }
 
 func (s *shim) adoptInit() *stepError {
-	pid, err := readPid(s.l.Bundle + "/" + pidFile)
+	pid, err := readPid(s.bundle, []byte(pidFile+"\x00"))
 	if err != nil {
 		return fail(wire.CodeRuntime, stepCreate, "pid file: "+err.Error())
 	}
@@ -243,8 +199,7 @@ func (s *shim) abandon(p pending, e *stepError) {
 		s.quit()
 	}
 	s.ending = true
-	_, err := s.run("runtime delete", deleteTimeout, false, [3]int{-1, -1, -1}, finish, "delete", "--force", s.l.ID)
-	if err != nil {
+	if s.verb("runtime delete", deleteTimeout, finish, "delete", "--force", s.l.ID) != nil {
 		finish(nil)
 	}
 }
@@ -265,9 +220,8 @@ func (s *shim) start(p pending) *stepError {
 		} else {
 			p.ok()
 		}
-		s.collect()
 	}
-	_, e := s.run("runtime start", s.l.CreateTimeout, false, [3]int{-1, -1, -1}, done, "start", s.l.ID)
+	e := s.verb("runtime start", s.l.CreateTimeout, done, "start", s.l.ID)
 	if e != nil {
 		s.starting = false
 	}

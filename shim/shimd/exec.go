@@ -19,105 +19,139 @@ const (
 
 // An exec is one process run in the container for a client. The runtime starts
 // it and ends; the process is then the shim's child.
+//
+// An exec is used again for another process, with all that belongs to it: probes
+// may run a million of them, and the Go runtime's collector alone, once it has
+// run, keeps more memory than the rest of a shim.
 type exec struct {
 	s       *shim
 	p       pending
 	c       *conn
-	job     *job // nil when the runtime has ended
-	pid     int  // 0 before it is known
-	pidFile string
-	process int // memory file, -1 when it is closed
+	job     *job   // runs when its pid is not 0
+	pid     int    // of the process, 0 before it is known and after its end
+	pidFile []byte // name in the bundle, with a NUL
+	process int    // memory file, -1 when it is closed
 	out     [2]execStream
 	max     int64
 	drain   time.Duration
 
-	limit, grace     *timer
+	limit, grace     timer
 	killed, timedOut bool
 	ended            bool // the process was reaped
 	over             bool // answered
 	status           unix.WaitStatus
+	onEnd            func(unix.WaitStatus)
 }
 
 type execStream struct {
-	fd   int // -1 after its end
-	sent int64
-	cut  bool
+	fd    int // -1 after its end
+	sent  int64
+	cut   bool
+	ready func(uint32)
+}
+
+// newExec takes a spare exec or makes one.
+func (s *shim) newExec() *exec {
+	if n := len(s.spare); n > 0 {
+		x := s.spare[n-1]
+		s.spare = s.spare[:n-1]
+		return x
+	}
+	s.execSeq++
+	x := &exec{s: s, pidFile: []byte("exec-" + itoa(s.execSeq) + ".pid\x00")}
+	x.job = s.newJob(stepExec, x.started)
+	x.job.hands = true
+	x.onEnd = x.reaped
+	x.limit.fire = func() {
+		x.timedOut = true
+		x.kill()
+	}
+	x.grace.fire = func() { x.finish(nil) }
+	for i := range x.out {
+		x.out[i].ready = func(uint32) { x.read(i) }
+	}
+	return x
 }
 
 // exec starts a process. The answer comes when it has ended.
 func (s *shim) exec(p pending, body wire.Fields) *stepError {
 	process := p.c.takeUpload(p.call)
 	var r wire.Exec
-	if r.Decode(body) != nil || process < 0 || r.Timeout < 0 || r.MaxOutput < 0 || r.Drain < 0 || r.Drain > maxDrain {
-		unix.Close(process)
-		return fail(wire.CodeInvalid, "", "exec without a process, or with a negative limit")
+	var e *stepError
+	switch {
+	case r.Decode(body) != nil || process < 0 || r.Timeout < 0 || r.MaxOutput < 0 || r.Drain < 0 || r.Drain > maxDrain:
+		e = fail(wire.CodeInvalid, "", "exec without a process, or with a limit out of bounds")
+	case s.status != wire.StatusRunning:
+		e = fail(wire.CodeState, "", "container is "+s.status+", not running")
+	case len(s.execs) >= maxExecs:
+		e = fail(wire.CodeBusy, "", itoa(maxExecs)+" execs are running")
 	}
-	if s.status != wire.StatusRunning {
+	if e != nil {
 		unix.Close(process)
-		return fail(wire.CodeState, "", "container is "+s.status+", not running")
-	}
-	if len(s.execs) >= maxExecs {
-		unix.Close(process)
-		return fail(wire.CodeBusy, "", itoa(maxExecs)+" execs are running")
+		return e
 	}
 	if r.Drain == 0 {
 		r.Drain = defaultDrain
 	}
-	s.execSeq++
-	x := &exec{s: s, p: p, c: p.c, process: process, max: r.MaxOutput, drain: r.Drain,
-		pidFile: s.l.Bundle + "/exec-" + itoa(s.execSeq) + ".pid"}
-	if err := x.start(); err != nil {
+	x := s.newExec()
+	x.p, x.c, x.process, x.max, x.drain = p, p.c, process, r.MaxOutput, r.Drain
+	x.killed, x.timedOut, x.ended, x.over, x.status = false, false, false, false, 0
+	if e := x.start(); e != nil {
 		x.closeAll()
-		return err
+		x.over = true
+		x.release()
+		return e
 	}
 	s.execs = append(s.execs, x)
 	if r.Timeout > 0 {
-		x.limit = s.loop.after(r.Timeout, func() {
-			x.timedOut = true
-			x.kill()
-		})
+		s.loop.arm(&x.limit, r.Timeout)
 	}
 	return nil
 }
 
 func (x *exec) start() *stepError {
-	x.out[0].fd, x.out[1].fd = -1, -1
-	var ends [2]int
+	plan := forkPlan{stdio: [3]int{-1, -1, -1}}
+	var err error
 	for i := range x.out {
-		r, w, err := pipe(false)
-		if err != nil {
-			if i == 1 {
-				unix.Close(ends[0])
-			}
-			return failErr("stdio", err)
+		o := &x.out[i]
+		o.fd, o.sent, o.cut = -1, 0, false
+		if err == nil {
+			o.fd, plan.stdio[i+1], err = pipe(false)
 		}
-		x.out[i].fd, ends[i] = r, w
 	}
-	j, e := x.s.run(stepExec, x.s.l.CreateTimeout, true, [3]int{-1, ends[0], ends[1]}, x.started,
-		"exec", "--process", fdPath(x.process), "--pid-file", x.pidFile, "--detach", x.s.l.ID)
-	unix.Close(ends[0])
-	unix.Close(ends[1])
+	e := (*stepError)(nil)
+	if err != nil {
+		e = failErr("stdio", err)
+	} else if e = x.job.begin(); e == nil {
+		s, c := x.s, &x.s.cmd
+		c.add("exec", "--process")
+		c.begin().fd(x.process).end()
+		c.add("--pid-file")
+		c.begin().str(s.l.Bundle).str("/").str(string(x.pidFile[:len(x.pidFile)-1])).end()
+		c.add("--detach", s.l.ID)
+		e = x.job.run(&plan, s.l.CreateTimeout)
+	}
+	for _, fd := range plan.stdio[1:] {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
 	if e != nil {
 		return e
 	}
-	x.job = j
 	for i := range x.out {
-		x.s.loop.add(x.out[i].fd, unix.EPOLLIN, func(uint32) { x.read(i) })
+		x.s.loop.add(x.out[i].fd, unix.EPOLLIN, x.out[i].ready)
 	}
 	return nil
 }
 
 // started is called when the runtime has ended.
 func (x *exec) started(e *stepError) {
-	x.job = nil
 	unix.Close(x.process)
 	x.process = -1
-	if x.over {
-		return
-	}
 	if e == nil {
-		pid, err := readPid(x.pidFile)
-		if err == nil && x.s.adopt(pid, x.reaped) {
+		pid, err := readPid(x.s.bundle, x.pidFile)
+		if err == nil && x.s.adopt(pid, x.onEnd) {
 			x.pid = pid
 			if x.killed {
 				killTree(pid)
@@ -125,6 +159,10 @@ func (x *exec) started(e *stepError) {
 			return
 		}
 		e = fail(wire.CodeRuntime, stepExec, "did not leave a process with a pid file")
+	}
+	if x.over {
+		x.release()
+		return
 	}
 	if x.killed {
 		x.finish(nil)
@@ -137,14 +175,14 @@ func (x *exec) started(e *stepError) {
 func (x *exec) reaped(ws unix.WaitStatus) {
 	x.ended, x.status, x.pid = true, ws, 0
 	if x.over {
+		x.release()
 		return
 	}
 	drain := x.drain
 	if x.killed {
 		drain = min(drain, killedDrain)
 	}
-	x.s.loop.stop(x.grace)
-	x.grace = x.s.loop.after(drain, func() { x.finish(nil) })
+	x.s.loop.arm(&x.grace, drain)
 	x.read(0)
 	x.read(1)
 	x.endIfOver()
@@ -211,15 +249,15 @@ func (x *exec) kill() {
 		return
 	}
 	x.killed = true
-	x.s.loop.stop(x.limit)
-	if !x.ended {
-		x.s.loop.stop(x.grace)
-		x.grace = x.s.loop.after(killWait, func() { x.finish(nil) })
+	x.s.loop.stop(&x.limit)
+	if x.ended {
+		return // it is draining
 	}
+	x.s.loop.arm(&x.grace, killWait)
 	switch {
 	case x.pid > 0:
 		killTree(x.pid)
-	case x.job != nil:
+	case x.job.pid > 0:
 		killTree(x.job.pid)
 	}
 }
@@ -258,40 +296,62 @@ func (x *exec) finish(e *stepError) {
 	x.closeAll()
 	if e != nil {
 		x.p.error(e)
+		s.collect(frameGarbage)
 	} else {
-		x.p.answer(wire.ExecResult{
+		b := &s.b
+		b.Buf = b.Buf[:0]
+		r := wire.ExecResult{
 			ExitCode:        exitCode(x.status),
 			StdoutTruncated: x.out[0].cut,
 			StderrTruncated: x.out[1].cut,
 			TimedOut:        x.timedOut,
-		})
+		}
+		r.Append(b, x.p.call)
+		x.c.send(b.Buf)
 	}
-	s.garbage++
-	s.collect()
+	x.release()
+	s.collect(execGarbage)
 	s.endIfOver()
 }
 
 func (x *exec) closeAll() {
-	x.s.loop.stop(x.limit)
-	x.s.loop.stop(x.grace)
+	x.s.loop.stop(&x.limit)
+	x.s.loop.stop(&x.grace)
 	for i := range x.out {
 		x.s.loop.close(x.out[i].fd)
 		x.out[i].fd = -1
 	}
-	if x.job == nil { // else the runtime may still read it
+	if x.job.pid == 0 { // else the runtime may still read it
 		unix.Close(x.process)
 		x.process = -1
+		unlinkAt(x.s.bundle, x.pidFile)
 	}
-	unix.Unlink(x.pidFile)
 }
 
-// collectEvery is after how many execs garbage is collected: each leaves a few
-// KiB.
-const collectEvery = 16
+// release makes x available again once nothing of it is left: one that was
+// given up comes here when its process ends at last, or never.
+func (x *exec) release() {
+	if !x.over || x.job.pid > 0 || x.pid > 0 {
+		return
+	}
+	x.p, x.c = pending{}, nil
+	if len(x.s.spare) < maxSpare {
+		x.s.spare = append(x.s.spare, x)
+	}
+}
 
-// collect frees what finished execs have left, when none is running.
-func (s *shim) collect() {
-	if s.garbage >= collectEvery && len(s.execs) == 0 {
+const maxSpare = 8
+
+// What is left for the collector, about, in bytes.
+const (
+	frameGarbage = 512 // by a request or an error
+	execGarbage  = 16  // by an exec: next to nothing
+	maxGarbage   = 256 << 10
+)
+
+// collect counts garbage and has it collected from time to time.
+func (s *shim) collect(garbage int) {
+	if s.garbage += garbage; s.garbage >= maxGarbage && len(s.execs) == 0 {
 		s.garbage = 0
 		runtime.GC()
 	}

@@ -41,8 +41,8 @@ func (s *shim) initEnded(ws unix.WaitStatus) {
 	if !s.l.PrivatePID {
 		s.killRest(0)
 	}
-	for i := len(s.execs) - 1; i >= 0; i-- {
-		s.execs[i].kill()
+	for _, x := range s.execs {
+		x.kill()
 	}
 	s.closeStdin()
 	s.loop.after(s.l.DrainTimeout, s.closeStreams)
@@ -114,7 +114,7 @@ func (s *shim) record() {
 // endIfOver has the runtime delete the container once nothing else is under
 // way, then ends the shim.
 func (s *shim) endIfOver() {
-	if !s.told || s.ending || s.jobs > 0 || len(s.execs) > 0 {
+	if !s.told || s.ending || len(s.jobs) > 0 || len(s.execs) > 0 {
 		return
 	}
 	s.ending = true
@@ -128,8 +128,7 @@ func (s *shim) endIfOver() {
 		}
 		s.quit()
 	}
-	_, e := s.run("runtime delete", deleteTimeout, false, [3]int{-1, -1, -1}, finish, "delete", "--force", s.l.ID)
-	if e != nil {
+	if e := s.verb("runtime delete", deleteTimeout, finish, "delete", "--force", s.l.ID); e != nil {
 		finish(e)
 	}
 }
@@ -197,8 +196,7 @@ func (s *shim) kill(p pending, body wire.Fields) *stepError {
 				p.ok()
 			}
 		}
-		_, e := s.run("runtime kill", deleteTimeout, false, [3]int{-1, -1, -1}, done, "kill", "--all", s.l.ID, itoa(k.Signal))
-		return e
+		return s.verb("runtime kill", deleteTimeout, done, "kill", "--all", s.l.ID, itoa(k.Signal))
 	}
 	p.ok()
 	return nil

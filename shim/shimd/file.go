@@ -3,7 +3,7 @@ package shimd
 import (
 	"bytes"
 	"strconv"
-	"strings"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -86,18 +86,36 @@ func replaceFile(path string, b []byte) error {
 	return err
 }
 
-// readPid reads a file that holds one process ID, and removes it.
-func readPid(path string) (int, error) {
-	b, err := readFile(path, 32)
+// readPid reads a file that holds one process ID, and removes it. The name is
+// one in directory dir, with a NUL at its end.
+func readPid(dir int, name []byte) (int, error) {
+	fd, _, errno := unix.Syscall6(unix.SYS_OPENAT, uintptr(dir), uintptr(unsafe.Pointer(&name[0])), unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0, 0, 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	var b [16]byte
+	n, err := unix.Read(int(fd), b[:])
+	unix.Close(int(fd))
 	if err != nil {
 		return 0, err
 	}
-	unix.Unlink(path)
-	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-	if err != nil || pid <= 1 {
+	unlinkAt(dir, name)
+	pid := 0
+	for _, c := range bytes.TrimSpace(b[:n]) {
+		if c < '0' || c > '9' {
+			return 0, unix.EINVAL
+		}
+		pid = pid*10 + int(c-'0')
+	}
+	if pid <= 1 || n == len(b) {
 		return 0, unix.EINVAL
 	}
 	return pid, nil
+}
+
+// unlinkAt removes a file; name is as for readPid.
+func unlinkAt(dir int, name []byte) {
+	unix.Syscall(unix.SYS_UNLINKAT, uintptr(dir), uintptr(unsafe.Pointer(&name[0])), 0)
 }
 
 // eachDir calls fn for the names of the directories in dir. It tells them by
@@ -133,20 +151,6 @@ func eachDir(dir string, fn func(name string)) error {
 }
 
 const direntName = 19
-
-// memfd returns an anonymous file that appends, and its path for another
-// process: given a path, the runtime needs no inherited descriptor.
-func memfd(name string) (fd int, path string, err error) {
-	fd, err = unix.MemfdCreate(name, unix.MFD_CLOEXEC)
-	if err != nil {
-		return -1, "", err
-	}
-	if _, err = unix.FcntlInt(uintptr(fd), unix.F_SETFL, unix.O_APPEND); err != nil {
-		unix.Close(fd)
-		return -1, "", err
-	}
-	return fd, fdPath(fd), nil
-}
 
 func fdPath(fd int) string {
 	return "/proc/" + strconv.Itoa(unix.Getpid()) + "/fd/" + strconv.Itoa(fd)

@@ -9,6 +9,9 @@ import (
 	"github.com/berthd/berth/shim/wire"
 )
 
+// The runtime is started by fork and execve of the shim's own, which, other than
+// package syscall's, leaves no garbage and can mount in between.
+//
 // The runtime's create runs in a mount namespace of its own, in which the root
 // is mounted. The namespace is made by a plain fork rather than by a thread of
 // the shim: it ends with the runtime in any case, and the shim keeps no thread
@@ -19,14 +22,13 @@ import (
 // A forkPlan is all that the child needs, made before the fork: the child of a
 // process with several threads may only make system calls.
 type forkPlan struct {
-	mounts []mountCall
-	stdio  [3]int // descriptors above 2, or -1 to keep the shim's
-	path   *byte
-	argv   []*byte
-	envv   []*byte
-	fail   int // pipe for a failure report
-	mask   uint64
-	report report
+	unshare bool // the mount namespace
+	mounts  []mountCall
+	stdio   [3]int // descriptors above 2, or -1 to keep the shim's
+	argv    []*byte
+	envv    []*byte
+	report  *report
+	mask    uint64
 }
 
 // mountCall is one mount(2), preceded by a chdir when dir is not nil.
@@ -35,11 +37,11 @@ type mountCall struct {
 	flags                             uintptr
 }
 
-// A report tells where the child failed: which mount, or one of the numbers
-// below.
+// A report, in memory shared with the child, tells where the child failed:
+// which mount, or one of the numbers below.
 type report struct {
 	at    int32
-	errno int32
+	errno int32 // 0 while nothing has failed
 }
 
 const (
@@ -47,6 +49,9 @@ const (
 	atStdio   int32 = -2
 	atExec    int32 = -3
 )
+
+// failed is the status of a child that has left a report.
+const failed = 127
 
 // mountFlag returns the flag of an option of mount(8) and whether the option
 // clears it. It is a switch, as a map would be built in every shim.
@@ -137,33 +142,15 @@ func cstrings(list ...string) ([]*byte, error) {
 	return out, nil
 }
 
-// forkRuntime starts argv in a new mount namespace with the plan's mounts and
-// in a process group of its own. What fails in the child arrives on the pipe as
-// a report; the pipe's end without one says that argv runs.
-func forkRuntime(p *forkPlan, argv, env []string) (pid int, err error) {
-	if p.path, err = unix.BytePtrFromString(argv[0]); err != nil {
-		return 0, err
-	}
-	if p.argv, err = cstrings(argv...); err != nil {
-		return 0, err
-	}
-	if p.envv, err = cstrings(env...); err != nil {
-		return 0, err
-	}
-	p.argv, p.envv = append(p.argv, nil), append(p.envv, nil)
-	r, errno := fork(p)
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(r), nil
-}
-
 var (
 	rootDir = [2]byte{'/', 0}
 	allMask = ^uint64(0)
 )
 
-// fork returns in the parent only. Signals are blocked around it: a handler of
+// fork starts p.argv in a process group of its own and returns in the parent
+// only. What fails in the child before that ends it with the status failed and
+// a report. It is a plain fork, as a child that shared the memory would need
+// assembly code for each architecture, and the shim's memory is small. Signals are blocked around it: a handler of
 // the Go runtime must not run in the child before execve.
 //
 //go:noinline
@@ -177,9 +164,8 @@ func fork(p *forkPlan) (uintptr, unix.Errno) {
 		return pid, errno
 	}
 	p.report.at, p.report.errno = child(p)
-	unix.RawSyscall(unix.SYS_WRITE, uintptr(p.fail), uintptr(unsafe.Pointer(&p.report)), unsafe.Sizeof(p.report))
 	for {
-		unix.RawSyscall(unix.SYS_EXIT_GROUP, 127, 0, 0)
+		unix.RawSyscall(unix.SYS_EXIT_GROUP, failed, 0, 0)
 	}
 }
 
@@ -190,8 +176,10 @@ func fork(p *forkPlan) (uintptr, unix.Errno) {
 //go:nosplit
 func child(p *forkPlan) (at, failure int32) {
 	unix.RawSyscall(unix.SYS_SETPGID, 0, 0, 0)
-	if _, _, e := unix.RawSyscall(unix.SYS_UNSHARE, unix.CLONE_NEWNS, 0, 0); e != 0 {
-		return atUnshare, int32(e)
+	if p.unshare {
+		if _, _, e := unix.RawSyscall(unix.SYS_UNSHARE, unix.CLONE_NEWNS, 0, 0); e != 0 {
+			return atUnshare, int32(e)
+		}
 	}
 	for i := range p.mounts {
 		m := &p.mounts[i]
@@ -215,7 +203,7 @@ func child(p *forkPlan) (at, failure int32) {
 		}
 	}
 	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&p.mask)), 0, 8, 0, 0)
-	_, _, e := unix.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(p.path)),
+	_, _, e := unix.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(p.argv[0])),
 		uintptr(unsafe.Pointer(&p.argv[0])), uintptr(unsafe.Pointer(&p.envv[0])))
 	return atExec, int32(e)
 }

@@ -1,7 +1,6 @@
 package shimd
 
 import (
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -9,76 +8,124 @@ import (
 	"github.com/berthd/berth/shim/wire"
 )
 
-// A job is one run of the OCI runtime.
+// A job is one run of the OCI runtime. It may be used again after its end.
 type job struct {
 	s     *shim
 	step  string // "runtime start", …
-	pid   int
-	log   int // its log and, where it has no other, its stderr
-	limit *timer
+	pid   int    // 0 when it is not running
+	log   int    // its log and, where it has no other, its stderr
+	limit timer
 	why   *stepError // set when the shim ended it
+	slot  int        // of its report
+	hands bool       // may leave a child to the shim
 	done  func(*stepError)
-	hands bool // may leave a child to the shim
+	ended func(unix.WaitStatus)
 }
 
 // killWait is how long a killed process is waited for before the shim gives it
 // up: it may be stuck in the kernel.
 const killWait = 5 * time.Second
 
-// command returns the runtime's argument list for a verb.
-func (s *shim) command(logPath string, verb ...string) []string {
-	argv := make([]string, 0, 8+len(s.l.RuntimeArgs)+len(verb))
-	argv = append(argv, s.l.Runtime)
-	if s.l.RuntimeRoot != "" {
-		argv = append(argv, "--root", s.l.RuntimeRoot)
-	}
-	argv = append(argv, "--log", logPath, "--log-format", "json")
-	argv = append(argv, s.l.RuntimeArgs...)
-	if s.l.SystemdCgroup {
-		argv = append(argv, "--systemd-cgroup")
-	}
-	return append(argv, verb...)
+// newJob returns a job that calls done when the runtime has ended.
+func (s *shim) newJob(step string, done func(*stepError)) *job {
+	j := &job{s: s, step: step, done: done}
+	j.limit.fire = j.expire
+	j.ended = j.reaped
+	return j
 }
 
-// run starts the runtime, in a process group of its own, and calls done when it
-// has ended. Descriptors below 3 in stdio leave the shim's; with no stderr that
-// goes to the job's log.
-func (s *shim) run(step string, limit time.Duration, hands bool, stdio [3]int, done func(*stepError), verb ...string) (*job, *stepError) {
-	log, path, err := memfd("log")
+// begin starts a command for the runtime in s.cmd, with its global options. The
+// verb is for the caller to add, before it calls run.
+func (j *job) begin() *stepError {
+	fd, err := unix.MemfdCreate("log", unix.MFD_CLOEXEC)
+	if err == nil {
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_SETFL, unix.O_APPEND)
+	}
 	if err != nil {
-		return nil, failErr(step, err)
+		unix.Close(fd)
+		return failErr(j.step, err)
 	}
-	if stdio[2] < 0 {
-		stdio[2] = log
+	j.log = fd
+	l, c := &j.s.l, &j.s.cmd
+	c.reset()
+	c.add(l.Runtime)
+	if l.RuntimeRoot != "" {
+		c.add("--root", l.RuntimeRoot)
 	}
-	files := make([]uintptr, 3)
-	for i, fd := range stdio {
-		files[i] = uintptr(max(fd, 0))
+	c.add("--log")
+	c.begin().fd(fd).end()
+	c.add("--log-format", "json")
+	c.add(l.RuntimeArgs...)
+	if l.SystemdCgroup {
+		c.add("--systemd-cgroup")
 	}
-	pid, err := syscall.ForkExec(s.l.Runtime, s.command(path, verb...), &syscall.ProcAttr{
-		Env:   s.env,
-		Files: files,
-		Sys:   &syscall.SysProcAttr{Setpgid: true},
-	})
-	if err != nil {
-		unix.Close(log)
-		return nil, fail(wire.CodeRuntime, step, s.l.Runtime+": "+err.Error())
-	}
-	j := &job{s: s, step: step, pid: pid, log: log, done: done, hands: hands}
-	j.watch(limit)
-	return j, nil
+	return nil
 }
 
-// watch waits for the job's end, for at most limit when that is not 0.
-func (j *job) watch(limit time.Duration) {
-	j.s.jobs++
+// run starts the command, for at most limit when that is not 0. What the plan
+// says of stdio counts; with no stderr that goes to the job's log.
+func (j *job) run(p *forkPlan, limit time.Duration) *stepError {
+	s := j.s
+	j.slot = s.freeSlot()
+	if j.slot < 0 {
+		unix.Close(j.log)
+		return fail(wire.CodeBusy, j.step, "too many at once")
+	}
+	reports[j.slot] = report{}
+	if p.stdio[2] < 0 {
+		p.stdio[2] = j.log
+	}
+	p.report, p.argv, p.envv = &reports[j.slot], s.cmd.pointers(), s.env
+	pid, errno := fork(p)
+	if errno != 0 {
+		unix.Close(j.log)
+		return failErr(j.step, errno)
+	}
+	j.pid, j.why = int(pid), nil
+	s.jobs = append(s.jobs, j)
 	if j.hands {
-		j.s.starts++
+		s.starts++
 	}
-	j.s.children[j.pid] = j.ended
+	s.expect(j.pid, j.ended)
 	if limit > 0 {
-		j.limit = j.s.loop.after(limit, func() { j.stop(wire.CodeTimeout, "took longer than "+limit.String()) })
+		s.loop.arm(&j.limit, limit)
 	}
+	return nil
+}
+
+// verb runs the runtime with these arguments and no stdio.
+func (s *shim) verb(step string, limit time.Duration, done func(*stepError), args ...string) *stepError {
+	j := s.newJob(step, done)
+	if e := j.begin(); e != nil {
+		return e
+	}
+	s.cmd.add(args...)
+	return j.run(&forkPlan{stdio: [3]int{-1, -1, -1}}, limit)
+}
+
+// freeSlot returns a report that no running job uses, or -1.
+func (s *shim) freeSlot() int {
+next:
+	for i := range reports {
+		for _, j := range s.jobs {
+			if j.slot == i {
+				continue next
+			}
+		}
+		return i
+	}
+	return -1
+}
+
+func (j *job) expire() {
+	if j.why == nil {
+		j.stop(wire.CodeTimeout, "took too long")
+		return
+	}
+	// It cannot be killed. The shim goes on without it.
+	j.s.unexpect(j.pid)
+	j.why.Message += ", and cannot be killed"
+	j.finish(j.why)
 }
 
 // stop kills a job, with all that it started. It ends with the error given.
@@ -87,22 +134,18 @@ func (j *job) stop(code wire.Code, why string) {
 		return
 	}
 	j.why = fail(code, j.step, why)
-	j.s.loop.stop(j.limit)
 	killTree(j.pid)
-	j.limit = j.s.loop.after(killWait, func() {
-		// It cannot be killed. The shim goes on without it.
-		delete(j.s.children, j.pid)
-		j.why.Message += ", and cannot be killed"
-		j.finish(j.why)
-	})
+	j.s.loop.arm(&j.limit, killWait)
 }
 
-func (j *job) ended(ws unix.WaitStatus) {
+func (j *job) reaped(ws unix.WaitStatus) {
 	switch {
 	case j.why != nil:
 		j.finish(j.why)
 	case ws.Exited() && ws.ExitStatus() == 0:
 		j.finish(nil)
+	case ws.Exited() && ws.ExitStatus() == failed && reports[j.slot].errno != 0:
+		j.finish(reports[j.slot].explain(j))
 	default:
 		text := j.message()
 		if text == "" {
@@ -125,16 +168,21 @@ func (j *job) message() string {
 }
 
 func (j *job) finish(e *stepError) {
+	s := j.s
 	j.pid = 0
-	j.s.loop.stop(j.limit)
+	s.loop.stop(&j.limit)
 	unix.Close(j.log)
-	done := j.done
-	j.s.jobs--
-	if j.hands {
-		j.s.starts--
+	for i, other := range s.jobs {
+		if other == j {
+			s.jobs = append(s.jobs[:i], s.jobs[i+1:]...)
+			break
+		}
 	}
-	done(e)
-	j.s.endIfOver()
+	if j.hands {
+		s.starts--
+	}
+	j.done(e)
+	s.endIfOver()
 }
 
 func statusText(ws unix.WaitStatus) string {
@@ -150,60 +198,4 @@ func exitCode(ws unix.WaitStatus) int {
 		return 128 + int(ws.Signal())
 	}
 	return ws.ExitStatus()
-}
-
-// reap collects children: those that somebody waits for first, then strangers,
-// which become the shim's when their parents end. A runtime leaves such a child
-// when it starts a process for an exec or the init; its number is not known
-// before the runtime has ended and its pid file is read. Therefore strangers are
-// left as zombies while a runtime of that kind is running. (The kernel may show
-// the orphan before it shows the end of its parent, so the order of two zombies
-// proves nothing.)
-func (s *shim) reap() {
-	for again := true; again; {
-		again = s.reapKnown()
-	}
-	for s.starts == 0 && !s.loop.done {
-		var ws unix.WaitStatus
-		pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
-		if err == unix.EINTR {
-			continue
-		}
-		if pid <= 0 {
-			return
-		}
-		s.reaped(pid, ws)
-	}
-}
-
-// reapKnown returns whether it found one. What is called may add children.
-func (s *shim) reapKnown() bool {
-	for pid := range s.children {
-		var ws unix.WaitStatus
-		got, err := unix.Wait4(pid, &ws, unix.WNOHANG, nil)
-		if got == pid && err == nil {
-			s.reaped(pid, ws)
-			return true
-		}
-	}
-	return false
-}
-
-func (s *shim) reaped(pid int, ws unix.WaitStatus) {
-	if fn := s.children[pid]; fn != nil {
-		delete(s.children, pid)
-		fn(ws)
-	}
-}
-
-// adopt waits for a process that a runtime left. It returns false when it is
-// not the shim's child.
-func (s *shim) adopt(pid int, fn func(unix.WaitStatus)) bool {
-	var info unix.Siginfo
-	err := unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
-	if err != nil && err != unix.EINTR {
-		return false
-	}
-	s.children[pid] = fn
-	return true
 }

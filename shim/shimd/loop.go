@@ -11,18 +11,18 @@ import (
 // all on one goroutine. Nothing that is called may block.
 type loop struct {
 	ep     int
-	watch  map[int]*watch
+	watch  []watch // by descriptor, as these are small numbers
 	timers []*timer
 	done   bool
 	idle   func() // called before a wait of unknown length
 }
 
 type watch struct {
-	fd    int
 	mask  uint32
-	ready func(events uint32)
+	ready func(events uint32) // nil when the descriptor is not watched
 }
 
+// A timer is set and stopped any number of times. It belongs to who has it.
 type timer struct {
 	at   int64 // nanoseconds since start
 	fire func()
@@ -41,7 +41,7 @@ func newLoop() (*loop, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &loop{ep: ep, watch: map[int]*watch{}}, nil
+	return &loop{ep: ep}, nil
 }
 
 // add watches fd, which must be non-blocking, for events.
@@ -50,14 +50,25 @@ func (l *loop) add(fd int, events uint32, ready func(uint32)) error {
 	if err := unix.EpollCtl(l.ep, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
 		return err
 	}
-	l.watch[fd] = &watch{fd: fd, mask: events, ready: ready}
+	for fd >= len(l.watch) {
+		l.watch = append(l.watch, watch{})
+	}
+	l.watch[fd] = watch{events, ready}
 	return nil
+}
+
+// find returns the watch of fd, or nil.
+func (l *loop) find(fd int) *watch {
+	if fd < 0 || fd >= len(l.watch) || l.watch[fd].ready == nil {
+		return nil
+	}
+	return &l.watch[fd]
 }
 
 // set changes what fd is watched for. With no events it is not watched at all,
 // as a hang-up cannot be masked otherwise.
 func (l *loop) set(fd int, events uint32) {
-	w := l.watch[fd]
+	w := l.find(fd)
 	if w == nil || w.mask == events {
 		return
 	}
@@ -76,18 +87,25 @@ func (l *loop) close(fd int) {
 	if fd < 0 {
 		return
 	}
-	if w := l.watch[fd]; w != nil {
+	if w := l.find(fd); w != nil {
 		l.set(fd, 0)
-		delete(l.watch, fd)
+		*w = watch{}
 	}
 	unix.Close(fd)
 }
 
-// after calls fire once after d, unless stop is called with what it returns.
+// after calls fire once after d, unless it is stopped by what is returned.
 func (l *loop) after(d time.Duration, fire func()) *timer {
-	t := &timer{at: monotonic() + int64(d), fire: fire}
-	l.timers = append(l.timers, t)
+	t := &timer{fire: fire}
+	l.arm(t, d)
 	return t
+}
+
+// arm sets t to fire once after d, counted from now.
+func (l *loop) arm(t *timer, d time.Duration) {
+	l.stop(t)
+	t.at = monotonic() + int64(d)
+	l.timers = append(l.timers, t)
 }
 
 func (l *loop) stop(t *timer) {
@@ -140,7 +158,7 @@ func (l *loop) run() {
 func (l *loop) call(events []unix.EpollEvent) {
 	for i := range events {
 		// A handler may have closed the descriptor of a later event.
-		if w := l.watch[int(events[i].Fd)]; w != nil && !l.done {
+		if w := l.find(int(events[i].Fd)); w != nil && !l.done {
 			w.ready(events[i].Events)
 		}
 	}

@@ -36,7 +36,8 @@ var harmless = [...]unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIG
 type shim struct {
 	loop *loop
 	pid  int
-	env  []string // for the runtime
+	env  []*byte // for the runtime
+	cmd  command // what is being started
 	l    wire.Launch
 	b    wire.Builder // for short answers
 
@@ -53,9 +54,9 @@ type shim struct {
 	ending   bool // the runtime's delete was begun
 	shutdown []pending
 
-	children map[int]func(unix.WaitStatus)
-	jobs     int // runs of the runtime
-	starts   int // of these, the ones that may leave a child to the shim
+	children []expected
+	jobs     []*job // running
+	starts   int    // of these, the ones that may leave a child to the shim
 
 	bundle  int // descriptor of the bundle directory
 	stdin   input
@@ -63,8 +64,9 @@ type shim struct {
 	log     *logFile
 	oom     oomWatch
 	execs   []*exec
+	spare   []*exec // to be used again
 	execSeq int
-	garbage int // execs since the last collection
+	garbage int // bytes, about, since the last collection
 }
 
 // pending is a call that is to be answered later.
@@ -75,7 +77,7 @@ type pending struct {
 
 // Main runs the shim until its container has ended, and does not return.
 func Main() {
-	s := &shim{pid: unix.Getpid(), listener: -1, initFD: -1, bundle: -1, children: map[int]func(unix.WaitStatus){}}
+	s := &shim{pid: unix.Getpid(), listener: -1, initFD: -1, bundle: -1}
 	s.stdin.fd = -1
 	if err := s.setup(); err != nil {
 		syscall.Exit(1)
@@ -94,9 +96,15 @@ func (s *shim) setup() (err error) {
 	}
 	unix.Chdir("/")
 	if path, ok := syscall.Getenv("PATH"); ok {
-		s.env = []string{"PATH=" + path}
+		if s.env, err = cstrings("PATH=" + path); err != nil {
+			return err
+		}
 	}
+	s.env = append(s.env, nil)
 	if err := mapBuffers(); err != nil {
+		return err
+	}
+	if err := mapReports(); err != nil {
 		return err
 	}
 	if s.loop, err = newLoop(); err != nil {

@@ -244,7 +244,7 @@ func (s *shim) waitStdin() {
 	fd := s.stdin.fd
 	if s.l.Terminal {
 		s.loop.set(fd, unix.EPOLLIN|unix.EPOLLOUT)
-		if w := s.loop.watch[fd]; w != nil {
+		if w := s.loop.find(fd); w != nil {
 			w.ready = func(events uint32) {
 				if events&unix.EPOLLOUT != 0 {
 					s.feed()
@@ -256,7 +256,7 @@ func (s *shim) waitStdin() {
 		}
 		return
 	}
-	if s.loop.watch[fd] == nil {
+	if s.loop.find(fd) == nil {
 		s.loop.add(fd, unix.EPOLLOUT, func(uint32) { s.feed() })
 		return
 	}
