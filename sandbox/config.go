@@ -61,6 +61,8 @@ type Config struct {
 // Images is what this package needs of the images of the node.
 type Images interface {
 	Get(ref string) (imageservice.Image, error)
+	// GC frees the layers of images that were removed while in use.
+	GC(ctx context.Context) error
 }
 
 // Network attaches pods to networks.

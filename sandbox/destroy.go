@@ -211,7 +211,19 @@ func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error 
 	}
 	s.live.drop(id)
 	s.stats.drop(id)
+	s.freeImage(ctx, c.ImageID)
 	return nil
+}
+
+// freeImage frees the layers of an image that was removed while the container
+// used it.
+func (s *Service) freeImage(ctx context.Context, id string) {
+	if _, err := s.deps.Images.Get(id); err == nil {
+		return
+	}
+	if err := s.deps.Images.GC(ctx); err != nil {
+		klog.FromContext(ctx).Error(err, "Layers of a removed image not freed", "image", id)
+	}
 }
 
 // endProcesses ends the shim and all processes of a container or init, and has

@@ -1,6 +1,10 @@
 package sandbox
 
-import "errors"
+import (
+	"errors"
+
+	"github.com/berthd/berth/sandbox/spec"
+)
 
 // Errors of this package, tested with errors.Is. Package cri maps each of them
 // to one gRPC code.
@@ -9,7 +13,7 @@ import "errors"
 var (
 	// ErrInvalid: a field of the request has a value that cannot be used. The
 	// text names the field, the value and the limit.
-	ErrInvalid = errors.New("invalid argument")
+	ErrInvalid = spec.ErrInvalid
 	// ErrNotFound: no pod or container has that ID.
 	ErrNotFound = errors.New("not found")
 	// ErrAmbiguous: several objects have IDs that begin with that prefix.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -109,6 +110,7 @@ func (s *Service) podSysctls(cfg *runtime.PodSandboxConfig, hostNet, hostIPC boo
 		}
 	}
 	for k, v := range asked {
+		delete(all, strings.ReplaceAll(k, "/", ".")) // the pod's own wins in either form
 		all[k] = v
 	}
 	return parseSysctls(all, hostNet, hostIPC)
