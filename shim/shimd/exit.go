@@ -189,14 +189,14 @@ func (s *shim) kill(p pending, body wire.Fields) *stepError {
 	case len(s.l.CgroupKill) > 0:
 		signalCgroups(s.l.CgroupKill, sig, s.pid)
 	default:
-		done := func(e *stepError) {
-			if e != nil {
-				p.error(e)
-			} else {
-				p.ok()
+		// In a PID namespace of its own, all that is not below the init
+		// is below an exec.
+		signalTree(s.init, sig)
+		for _, x := range s.execs {
+			if x.pid > 0 {
+				signalTree(x.pid, sig)
 			}
 		}
-		return s.verb("runtime kill", deleteTimeout, done, "kill", "--all", s.l.ID, itoa(k.Signal))
 	}
 	p.ok()
 	return nil

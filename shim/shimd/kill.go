@@ -18,7 +18,7 @@ func killTree(pid int) {
 	for pass := 0; pass < 100; pass++ {
 		before := len(tree)
 		for i := 0; i < len(tree) && len(tree) < maxTree; i++ {
-			tree = appendChildren(tree, tree[i])
+			tree = appendChildren(tree, tree[i], unix.SIGSTOP)
 		}
 		if len(tree) == before && pass > 0 {
 			break
@@ -31,8 +31,18 @@ func killTree(pid int) {
 
 const maxTree = 1 << 16 // processes
 
-// appendChildren stops the children of pid that are new and appends them.
-func appendChildren(tree []int, pid int) []int {
+// signalTree sends sig to pid and those of its descendants that it finds.
+func signalTree(pid int, sig unix.Signal) {
+	tree := []int{pid}
+	unix.Kill(pid, sig)
+	for i := 0; i < len(tree) && len(tree) < maxTree; i++ {
+		tree = appendChildren(tree, tree[i], sig)
+	}
+}
+
+// appendChildren sends sig to the children of pid that are new, and appends
+// them.
+func appendChildren(tree []int, pid int, sig unix.Signal) []int {
 	task := "/proc/" + strconv.Itoa(pid) + "/task"
 	eachDir(task, func(tid string) {
 		b, err := readFile(task+"/"+tid+"/children", 1<<20)
@@ -41,7 +51,7 @@ func appendChildren(tree []int, pid int) []int {
 		}
 		for _, child := range fields(b) {
 			if !contains(tree, child) {
-				unix.Kill(child, unix.SIGSTOP)
+				unix.Kill(child, sig)
 				tree = append(tree, child)
 			}
 		}

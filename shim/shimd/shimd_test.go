@@ -147,7 +147,7 @@ func TestKillTree(t *testing.T) {
 	}
 	out.Read(make([]byte, 3))
 	time.Sleep(200 * time.Millisecond)
-	tree := appendChildren([]int{cmd.Process.Pid}, cmd.Process.Pid)
+	tree := appendChildren([]int{cmd.Process.Pid}, cmd.Process.Pid, unix.SIGCONT)
 	if len(tree) != 3 {
 		t.Fatalf("children: %v", tree)
 	}

@@ -140,8 +140,10 @@ type Launch struct {
 	// OOMFile is memory.events (cgroup v2) or memory.oom_control (v1) of the
 	// container; "" for none. It need not exist before the container does.
 	OOMFile string
-	// CgroupKill are the container's cgroup directories. When the init ends
-	// and PrivatePID is false, every process in them is killed.
+	// CgroupKill are the container's cgroup directories; of cgroup v1, where
+	// several hold the same processes, one is enough. When the init ends
+	// and PrivatePID is false, every process in them is killed. Kill with
+	// All looks into them, too; without any, it goes from parent to child.
 	CgroupKill []string
 	PrivatePID bool // the container has a PID namespace of its own
 
