@@ -46,6 +46,11 @@ func TestMain(m *testing.M) {
 	if bin, err := builtShim(); err == nil {
 		os.RemoveAll(filepath.Dir(bin))
 	}
+	// The runtime removes a container's cgroup, not the parent that it made.
+	parents, _ := filepath.Glob("/sys/fs/cgroup/*" + cgroupParent)
+	for _, dir := range append(parents, "/sys/fs/cgroup"+cgroupParent) {
+		unix.Rmdir(dir)
+	}
 	os.Exit(code)
 }
 

@@ -259,6 +259,29 @@ func TestConnectAgain(t *testing.T) {
 	}
 }
 
+// A socket whose path is longer than an address, and an exit record that cannot
+// be written: the exit is told all the same.
+func TestLongSocketAndNoExitFile(t *testing.T) {
+	c := newContainer(t, "/bin/sh", "-c", "read x; exit 5")
+	deep := c.path(strings.Repeat("deep/", 30))
+	mustT(t, os.MkdirAll(deep, 0o700))
+	c.l.Socket = deep + "/" + c.id + ".sock"
+	c.l.ExitFile = c.path("nothing/exit")
+	c.l.Stdin = true
+	c.run()
+	other, err := shim.Connect(ctxFor(t, time.Minute), c.l.Socket)
+	mustT(t, err)
+	defer other.Close()
+	st, err := os.Stat(c.l.Socket)
+	if err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("socket: %v, %v", st, err)
+	}
+	mustT(t, other.WriteStdin(ctxFor(t, time.Minute), []byte("x\n"), false))
+	if e := <-other.Exited(); e.Code != 5 || !strings.Contains(e.Reason, "exit record not written") {
+		t.Errorf("got %+v", e)
+	}
+}
+
 func TestShimKilled(t *testing.T) {
 	c := newContainer(t, "/bin/sleep", "1000")
 	c.run()

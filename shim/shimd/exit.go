@@ -128,8 +128,22 @@ func (s *shim) endIfOver() {
 		}
 		s.quit()
 	}
-	if e := s.verb("runtime delete", deleteTimeout, finish, "delete", "--force", s.l.ID); e != nil {
-		finish(e)
+	force := func(*stepError) {
+		if e := s.verb("runtime delete", deleteTimeout, finish, "delete", "--force", s.l.ID); e != nil {
+			finish(e)
+		}
+	}
+	gentle := func(e *stepError) {
+		if e != nil {
+			force(e)
+			return
+		}
+		finish(nil)
+	}
+	// Without --force first: with it, runc sleeps for 100 ms before it looks
+	// whether the container is dead.
+	if e := s.verb("runtime delete", deleteTimeout, gentle, "delete", s.l.ID); e != nil {
+		force(e)
 	}
 }
 

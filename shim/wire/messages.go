@@ -2,6 +2,10 @@ package wire
 
 import "time"
 
+// Each message has two methods. Append adds it to b as one frame of the call;
+// the error is ErrSize. Decode sets the fields that are in f and leaves the
+// others; the error is ErrFrame.
+
 // Hello opens a connection, in both directions.
 type Hello struct {
 	Version, Min uint64
