@@ -33,7 +33,8 @@ func Init(p InitPod) (*specs.Spec, error) {
 		Process: &specs.Process{
 			User:            specs.User{UID: initID, GID: initID, AdditionalGids: []uint32{initID}},
 			Args:            []string{initPath},
-			Env:             []string{"PATH=" + defaultPath},
+			// It sleeps all its life: one P and no collector keep it small.
+			Env:             []string{"PATH=" + defaultPath, "GOMAXPROCS=1", "GOGC=off"},
 			Cwd:             "/",
 			Capabilities:    &specs.LinuxCapabilities{},
 			NoNewPrivileges: true,
