@@ -376,6 +376,24 @@ func TestFindProgram(t *testing.T) {
 	if _, err := findProgram("init_path", "", "berth-init"); err == nil || !strings.HasPrefix(err.Error(), "init_path: ") {
 		t.Errorf("absent: %v", err)
 	}
+
+	self, libexec := filepath.Join(dir, "bin", "berthd"), filepath.Join(dir, "libexec", "berth")
+	for _, d := range []string{filepath.Dir(self), libexec} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := installed(self, "berth-shim"); got != "" {
+		t.Errorf("not installed: %q", got)
+	}
+	for _, want := range []string{filepath.Join(libexec, "berth-shim"), filepath.Join(filepath.Dir(self), "berth-shim")} {
+		if err := os.WriteFile(want, []byte("#!/bin/sh\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if got := installed(self, "berth-shim"); got != want {
+			t.Errorf("installed: %q, want %q", got, want)
+		}
+	}
 }
 
 func mustDaemon(t *testing.T, src source, log io.Writer) (*daemon, context.Context) {

@@ -95,11 +95,12 @@ func setOOMScore(adj int64) error {
 }
 
 // findProgram is the absolute path of one of berth's own programs: as
-// configured, or beside this program, or in PATH.
+// configured, or beside this program, or where an installation has them, or in
+// PATH.
 func findProgram(key, configured, name string) (string, error) {
 	if configured == "" {
 		if self, err := os.Executable(); err == nil {
-			if p, err := exec.LookPath(filepath.Join(filepath.Dir(self), name)); err == nil {
+			if p := installed(self, name); p != "" {
 				return p, nil
 			}
 		}
@@ -110,6 +111,17 @@ func findProgram(key, configured, name string) (string, error) {
 		return "", fmt.Errorf("%s: %w", key, err)
 	}
 	return filepath.Abs(p)
+}
+
+// installed is the absolute path of a program that was installed together with
+// the program self, "" if there is none.
+func installed(self, name string) string {
+	for _, dir := range []string{".", "../libexec/berth"} {
+		if p, err := exec.LookPath(filepath.Join(filepath.Dir(self), dir, name)); err == nil {
+			return p
+		}
+	}
+	return ""
 }
 
 // cgroupDriver decides "auto": systemd makes cgroups where it is the init
