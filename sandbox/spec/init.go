@@ -31,8 +31,8 @@ func Init(p InitPod) (*specs.Spec, error) {
 	s := &specs.Spec{
 		Version: ociVersion,
 		Process: &specs.Process{
-			User:            specs.User{UID: initID, GID: initID, AdditionalGids: []uint32{initID}},
-			Args:            []string{initPath},
+			User: specs.User{UID: initID, GID: initID, AdditionalGids: []uint32{initID}},
+			Args: []string{initPath},
 			// It sleeps all its life: one P and no collector keep it small.
 			Env:             []string{"PATH=" + defaultPath, "GOMAXPROCS=1", "GOGC=off"},
 			Cwd:             "/",
