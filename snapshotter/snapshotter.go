@@ -82,12 +82,15 @@ type Info struct {
 	Labels  map[string]string // the caller's own; nil for none
 	Created time.Time
 	Updated time.Time
+	// Usage is set by WithUsage for a backend to read in Commit. Stat and Walk
+	// leave it nil: ask Snapshotter.Usage.
+	Usage *Usage
 }
 
 // Usage is what a snapshot itself takes on disk, its parents left out.
 type Usage struct {
 	Size   int64 // bytes allocated
-	Inodes int64 // directory entries counted once for each inode
+	Inodes int64 // files, directories and links; one for all names of a file
 }
 
 // Mount is one mount(2) call as data. The order of a list matters.
@@ -114,6 +117,18 @@ func WithLabels(labels map[string]string) Opt {
 func WithParent(name string) Opt {
 	return func(i *Info) error {
 		i.Parent = name
+		return nil
+	}
+}
+
+// WithUsage, given to Commit, tells what the snapshot takes, so that it need not
+// be walked: who has just unpacked a layer knows. The caller is believed.
+func WithUsage(u Usage) Opt {
+	return func(i *Info) error {
+		if u.Size < 0 || u.Inodes < 0 {
+			return fmt.Errorf("usage: size %d, inodes %d, limit 0 or more", u.Size, u.Inodes)
+		}
+		i.Usage = &u
 		return nil
 	}
 }

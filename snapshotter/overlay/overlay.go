@@ -1,0 +1,284 @@
+// Package overlay keeps snapshots for the kernel's overlay file system.
+//
+// # Layout
+//
+//	<root>/layers/<n>/                 a tree without a parent: an extraction, a layer
+//	<root>/snapshots/<n>/{upper,work}  the writable layer over a parent
+//
+// n is a decimal number, used once while the directory exists, and short so that
+// a chain of many layers fits into the options of a mount. Layers do not depend
+// on each other on disk: which is on which is said only in the book.
+//
+// # Order and crashes
+//
+// A directory is made before the row that names it and removed after it, so a
+// crash leaves one shape only: a directory without a row. Cleanup removes those.
+// It removes nothing while the book is marked as rebuilt or has a snapshot's row
+// in quarantine, because then a running container may be on such a directory.
+//
+// # Mount options
+//
+// The kernel's defaults are kept, except where a distribution turned on what
+// would bind a layer to one place or kernel setting: see options. Containers run
+// as root of the initial user namespace as far as the mount is concerned, so
+// userxattr is not used; volatile is not used, because a failed sync of the host
+// would make the next mount of the same snapshot fail.
+package overlay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"github.com/berthd/berth/snapshotter"
+	"github.com/berthd/berth/store"
+)
+
+// Limits.
+const (
+	// MaxLayers is how many layers the kernel puts into one mount
+	// (OVL_MAX_STACK in fs/overlayfs), the writable one left out.
+	MaxLayers = 500
+	// MaxName is the longest key or name, in bytes.
+	MaxName = 1024
+	// maxRoot leaves room below the 255 bytes that fsconfig(2) takes for the
+	// path of a layer.
+	maxRoot = 200
+)
+
+// row is a snapshot in the book.
+type row struct {
+	Kind    snapshotter.Kind
+	Parent  string            `json:",omitempty"`
+	Labels  map[string]string `json:",omitempty"`
+	Created time.Time
+	Updated time.Time
+	Dir     string            // below the root: "layers/7" or "snapshots/8"
+	Usage   snapshotter.Usage // of a committed one
+}
+
+const tableName = "snapshots"
+
+var (
+	rows = store.NewTable[row](tableName, 1)
+	// children is derived from rows, and written with them, so that Remove
+	// need not read all: "<parent>\x00<child>".
+	children = store.NewTable[struct{}]("snapshot-children", 1)
+)
+
+// Snapshotter implements snapshotter.Snapshotter, Cleaner and Syncer.
+type Snapshotter struct {
+	root    string
+	book    *store.Store
+	options []string
+	last    atomic.Uint64 // highest number given to a directory
+
+	// Held for reading from making a directory until its row is committed, and
+	// for writing while Cleanup compares the two.
+	making sync.RWMutex
+}
+
+var (
+	_ snapshotter.Snapshotter = (*Snapshotter)(nil)
+	_ snapshotter.Cleaner     = (*Snapshotter)(nil)
+	_ snapshotter.Syncer      = (*Snapshotter)(nil)
+)
+
+// New returns the snapshotter that keeps its directories under root, which is
+// made with mode 0700, and its rows in st. Root is an absolute, clean path of at
+// most 200 bytes without the characters that mean something in the options of a
+// mount: comma, colon, backslash, white space and control characters.
+func New(root string, st *store.Store) (*Snapshotter, error) {
+	if err := checkRoot(root); err != nil {
+		return nil, err
+	}
+	for _, dir := range []string{root, filepath.Join(root, "layers"), filepath.Join(root, "snapshots")} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("overlay: %w", err)
+		}
+	}
+	loadModule()
+	s := &Snapshotter{root: root, book: st, options: options()}
+	if err := s.findLast(); err != nil {
+		return nil, fmt.Errorf("overlay: %w", err)
+	}
+	return s, nil
+}
+
+func checkRoot(root string) error {
+	if !filepath.IsAbs(root) || filepath.Clean(root) != root {
+		return fmt.Errorf("overlay: root %q: not an absolute, clean path", root)
+	}
+	if len(root) > maxRoot {
+		return fmt.Errorf("overlay: root %q: %d bytes, limit %d", root, len(root), maxRoot)
+	}
+	if i := strings.IndexFunc(root, func(r rune) bool { return r <= ' ' || r == 0x7f || strings.ContainsRune(`,:\`, r) }); i >= 0 {
+		return fmt.Errorf("overlay: root %q: character %q cannot be used in mount options", root, root[i])
+	}
+	return nil
+}
+
+// options turns off what the kernel, by its configuration, would do unasked:
+//
+//   - index: would refuse to mount a snapshot while an earlier mount of it is
+//     still going away, and tie it to the identity of the layers below;
+//   - metacopy: files that hold no data, only a reference to the layer below,
+//     would make a committed snapshot depend on this setting, and the kernel's
+//     documentation warns of it where layers come from strangers;
+//   - redirect_dir: the same for renamed directories.
+//
+// What is off anyway is not mentioned: options stay short, and a kernel that
+// does not know the word is not asked to.
+func options() []string {
+	var off []string
+	for _, name := range []string{"index", "metacopy", "redirect_dir"} {
+		v, err := os.ReadFile("/sys/module/overlay/parameters/" + name)
+		if err == nil && strings.TrimSpace(string(v)) == "Y" {
+			off = append(off, name+"=off")
+		}
+	}
+	return off
+}
+
+// findLast starts the numbers above all that a directory or a row has. Numbers
+// are not drawn from the book, because a rebuilt one would begin at 1 again,
+// among directories that containers may be using.
+func (s *Snapshotter) findLast() error {
+	dirs, err := s.directories()
+	if err != nil {
+		return err
+	}
+	err = s.book.View(func(tx *store.Tx) error {
+		return rows.Each(tx, func(_ string, r row) error {
+			dirs = append(dirs, r.Dir)
+			return nil
+		})
+	})
+	if err != nil {
+		return err
+	}
+	var last uint64
+	for _, d := range dirs {
+		if n, err := strconv.ParseUint(filepath.Base(d), 10, 63); err == nil {
+			last = max(last, n)
+		}
+	}
+	s.last.Store(last)
+	return nil
+}
+
+// directories lists what is on disk, in the form of row.Dir.
+func (s *Snapshotter) directories() ([]string, error) {
+	var dirs []string
+	for _, kind := range []string{"layers", "snapshots"} {
+		entries, err := os.ReadDir(filepath.Join(s.root, kind))
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range entries {
+			dirs = append(dirs, kind+"/"+e.Name())
+		}
+	}
+	return dirs, nil
+}
+
+// Close does nothing: the book is its owner's to close.
+func (s *Snapshotter) Close() error { return nil }
+
+// Sync makes durable what was written into any snapshot before the call, with
+// syncfs(2): one flush for all files, which also writes what others left dirty
+// on the same file system.
+func (s *Snapshotter) Sync(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("overlay: sync: %w", err)
+	}
+	d, err := os.Open(s.root)
+	if err != nil {
+		return fmt.Errorf("overlay: sync: %w", err)
+	}
+	defer d.Close()
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		return fmt.Errorf("overlay: sync %s: %w", s.root, err)
+	}
+	return nil
+}
+
+// Cleanup removes the directories that no row names, as a crash between the two
+// leaves them. Nothing is removed, and no error returned, while the book may be
+// missing rows: see the package's comment.
+func (s *Snapshotter) Cleanup(ctx context.Context) error {
+	if s.incomplete() {
+		klog.FromContext(ctx).Info("Snapshot directories not swept: the book may be missing rows", "root", s.root)
+		return nil
+	}
+	leaked, err := s.leaked()
+	if err != nil {
+		return fmt.Errorf("overlay: cleanup: %w", err)
+	}
+	var errs []error
+	for _, dir := range leaked {
+		if err := ctx.Err(); err != nil {
+			errs = append(errs, err)
+			break
+		}
+		klog.FromContext(ctx).V(2).Info("Removing snapshot directory without a row", "dir", dir)
+		errs = append(errs, removeTree(s.path(dir)))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("overlay: cleanup: %w", err)
+	}
+	return nil
+}
+
+// incomplete tells whether snapshots may exist that the book does not know.
+func (s *Snapshotter) incomplete() bool {
+	for _, q := range s.book.Quarantined() {
+		if q.Table == tableName {
+			return true
+		}
+	}
+	return s.book.Rebuilt()
+}
+
+// leaked is what is there minus what the book knows. A directory in it is
+// nobody's for good, as its number is not given out again.
+func (s *Snapshotter) leaked() ([]string, error) {
+	s.making.Lock()
+	defer s.making.Unlock()
+	dirs, err := s.directories()
+	if err != nil {
+		return nil, err
+	}
+	known := make(map[string]bool)
+	err = s.book.View(func(tx *store.Tx) error {
+		return rows.Each(tx, func(_ string, r row) error {
+			known[r.Dir] = true
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	if s.incomplete() { // found out only now, by reading
+		return nil, nil
+	}
+	var leaked []string
+	for _, d := range dirs {
+		if !known[d] {
+			leaked = append(leaked, d)
+		}
+	}
+	return leaked, nil
+}
+
+func (s *Snapshotter) path(dir string) string { return filepath.Join(s.root, dir) }
