@@ -246,7 +246,7 @@ func TestContainerFilters(t *testing.T) {
 		t.Fatalf("list by ID has %d entries", len(r.Containers))
 	}
 	if got, st := r.Containers[0], two.status(); got.PodSandboxId != p.id || got.State != running || got.CreatedAt != st.CreatedAt ||
-		!proto.Equal(got.Metadata, st.Metadata) || got.ImageRef != st.ImageRef || got.Labels["v"] != "2" {
+		!proto.Equal(got.Metadata, st.Metadata) || got.ImageId != st.ImageId || got.Labels["v"] != "2" {
 		t.Errorf("list has %v, status has %v", got, st)
 	}
 }

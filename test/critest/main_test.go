@@ -35,6 +35,7 @@ type suite struct {
 	logs     string
 	parent   string
 	endpoint string
+	bin      string // directory of the built programs
 }
 
 var shared *suite // nil: not root
@@ -97,11 +98,10 @@ func newSuite(ctx context.Context, dir string) (*suite, error) {
 	}
 	images.Push(s.registry, s.images)
 	if s.endpoint == "" {
-		bin, err := node.Build(ctx, root, dir)
-		if err != nil {
+		if s.bin, err = node.Build(ctx, root, dir); err != nil {
 			return s, err
 		}
-		if s.node, err = node.New(node.Options{Bin: bin, Registries: []string{s.registry.Addr()}}); err != nil {
+		if s.node, err = node.New(node.Options{Bin: s.bin, Registries: []string{s.registry.Addr()}}); err != nil {
 			return s, err
 		}
 		s.endpoint, s.parent, s.logs = s.node.Socket, s.node.Parent, s.node.LogDir

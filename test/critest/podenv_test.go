@@ -166,7 +166,12 @@ func TestPodNamespaces(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			b := b.with(t)
-			p := b.pod(func(cfg *runtime.PodSandboxConfig) { cfg.Linux.SecurityContext.NamespaceOptions = c.options })
+			p := b.pod(func(cfg *runtime.PodSandboxConfig) {
+				cfg.Linux.SecurityContext.NamespaceOptions = c.options
+				if c.options.Network == nodeMode {
+					cfg.Hostname = "" // as the kubelet does: the host has its own
+				}
+			})
 			same := security(func(s *runtime.LinuxContainerSecurityContext) { s.NamespaceOptions = c.options })
 			one, two := p.run(sh("sleep 300"), same).namespaces(), p.run(sh("sleep 300"), same).namespaces()
 			for _, kind := range c.host {

@@ -113,7 +113,7 @@ func layered(shell registry.Layer) []registry.Layer {
 			{Name: "hidden/old", Data: []byte("1")},
 			{Name: "tree/"},
 			{Name: "tree/a", Data: []byte("linked\n"), UID: 12, GID: 34, Mode: 0o640},
-			{Name: "tree/b", Type: tar.TypeLink, Link: "tree/a"},
+			{Name: "tree/b", Type: tar.TypeLink, Link: "tree/a", UID: 12, GID: 34, Mode: 0o640},
 			{Name: "tree/later/"},
 			{Name: "tree/later/f", Data: []byte("x")},
 			{Name: "null-device", Type: tar.TypeChar, Major: 1, Minor: 3, Mode: 0o666},

@@ -35,15 +35,17 @@ const NeedsRoot = "needs root: starts berthd, namespaces and containers"
 
 // Options say how a node differs from the usual one. Only Bin is needed.
 type Options struct {
-	Bin        string            // directory of berthd, berth-shim, berth-init
-	Registries []string          // host:port of registries that speak plain HTTP
-	Config     string            // TOML that is put in front of the node's own configuration
-	Without    []string          // keys of the node's own configuration to leave out
-	Runtimes   map[string]string // further runtime handlers: name -> program
-	CNI        string            // a conflist; "": one bridge with host-local and portmap; NoCNI: none
-	CNIBinDirs []string          // replaces the directories where plugins are looked for
-	Env        []string          // environment of berthd, in addition to that of the test
-	Args       []string          // arguments of berthd, in addition to --config
+	Bin        string   // directory of berthd, berth-shim, berth-init
+	Registries []string // host:port of registries that speak plain HTTP
+	// RegistriesConf replaces the registries.conf that New makes for them.
+	RegistriesConf string
+	Config         string            // TOML that is put in front of the node's own configuration
+	Without        []string          // keys of the node's own configuration to leave out
+	Runtimes       map[string]string // further runtime handlers: name -> program
+	CNI            string            // a conflist; "": one bridge with host-local and portmap; NoCNI: none
+	CNIBinDirs     []string          // replaces the directories where plugins are looked for
+	Env            []string          // environment of berthd, in addition to that of the test
+	Args           []string          // arguments of berthd, in addition to --config
 }
 
 // NoCNI as Options.CNI leaves the configuration directory empty.
@@ -124,6 +126,9 @@ func (n *Node) configure() error {
 	if err := os.WriteFile(registries, []byte(b.String()), 0o600); err != nil {
 		return err
 	}
+	if n.opts.RegistriesConf != "" {
+		registries = n.opts.RegistriesConf
+	}
 	policy := filepath.Join(n.Dir, "policy.json")
 	if err := os.WriteFile(policy, []byte(`{"default":[{"type":"insecureAcceptAnything"}]}`), 0o600); err != nil {
 		return err
@@ -162,8 +167,8 @@ func (n *Node) keys(registries, policy string) [][2]string {
 		{"run_dir", q(n.RunDir)},
 		{"socket", q(n.Socket)},
 		{"cgroup_driver", q("cgroupfs")},
-		{"shim_binary", q(filepath.Join(n.opts.Bin, "berth-shim"))},
-		{"init_binary", q(filepath.Join(n.opts.Bin, "berth-init"))},
+		{"shim_path", q(filepath.Join(n.opts.Bin, "berth-shim"))},
+		{"init_path", q(filepath.Join(n.opts.Bin, "berth-init"))},
 		{"cni_conf_dir", q(n.CNIDir)},
 		{"cni_bin_dirs", `["` + strings.Join(bins, `", "`) + `"]`},
 		{"registries_conf", q(registries)},
