@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/sandbox/cgroup"
@@ -49,7 +51,7 @@ func (s *Service) teardown(ctx context.Context, o *op, id string) error {
 	}
 	err = o.allSteps(ctx, []step{
 		{"namespaces", func(context.Context) error { return s.deps.Pins.Destroy(id) }},
-		{"cgroup", func(context.Context) error { return cgroup.RemoveEmpty(p.Cgroups...) }},
+		{"cgroup", func(context.Context) error { return removeUnused(p.Cgroups) }},
 	})
 	if err != nil {
 		return err
@@ -61,6 +63,19 @@ func (s *Service) teardown(ctx context.Context, o *op, id string) error {
 		return nil
 	})
 	return err
+}
+
+// removeUnused removes the cgroups that were made for a pod, innermost first. One
+// that has others below it, of another pod with the same parent, stays.
+func removeUnused(dirs []string) error {
+	var errs []error
+	for _, d := range slices.Backward(dirs) {
+		err := unix.Rmdir(d)
+		if err != nil && err != unix.ENOENT && err != unix.EBUSY && err != unix.ENOTEMPTY {
+			errs = append(errs, fmt.Errorf("cgroup %s: %w", d, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // destroyPod undoes a pod, whatever of it exists.
