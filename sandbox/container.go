@@ -201,8 +201,8 @@ func (s *Service) namespaces(plan *containerPlan, in *spec.Container) error {
 	return nil
 }
 
-// containerLog is where the container's log goes, "" for nowhere. The directory
-// is the pod's and has to exist; what log_path has below it is made.
+// containerLog is where the container's log goes, "" for nowhere. Its directory
+// has to exist: the kubelet makes and removes those of logs.
 func containerLog(p *pod, cfg *runtime.ContainerConfig, podCfg *runtime.PodSandboxConfig) (string, error) {
 	dir := p.config.GetLogDirectory()
 	if dir == "" {
@@ -217,31 +217,13 @@ func containerLog(p *pod, cfg *runtime.ContainerConfig, podCfg *runtime.PodSandb
 	if !filepath.IsLocal(cfg.GetLogPath()) {
 		return "", fmt.Errorf("%w: log_path: %q does not stay below log_directory", ErrInvalid, cfg.GetLogPath())
 	}
-	if fi, err := os.Stat(dir); err != nil {
-		return "", fmt.Errorf("%w: log_directory: %w", ErrInvalid, err)
+	path := filepath.Join(dir, cfg.GetLogPath())
+	if fi, err := os.Stat(filepath.Dir(path)); err != nil {
+		return "", fmt.Errorf("%w: log_path %q in log_directory %q: %w", ErrInvalid, cfg.GetLogPath(), dir, err)
 	} else if !fi.IsDir() {
-		return "", fmt.Errorf("%w: log_directory: %q is not a directory", ErrInvalid, dir)
+		return "", fmt.Errorf("%w: log_path %q in log_directory %q: not a directory", ErrInvalid, cfg.GetLogPath(), dir)
 	}
-	return filepath.Join(dir, cfg.GetLogPath()), nil
-}
-
-// makeLogDir makes the directories between the log directory and the log,
-// following no link out of it.
-func makeLogDir(plan *containerPlan) error {
-	sub := filepath.Dir(plan.config.GetLogPath())
-	if plan.row.LogPath == "" || sub == "." {
-		return nil
-	}
-	dir := plan.row.LogPath[:len(plan.row.LogPath)-len(filepath.Clean(plan.config.GetLogPath()))]
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return fmt.Errorf("log_directory: %w", err)
-	}
-	defer root.Close()
-	if err := root.MkdirAll(sub, 0o755); err != nil {
-		return fmt.Errorf("log_path: %w", err)
-	}
-	return nil
+	return path, nil
 }
 
 func (s *Service) createContainer(ctx context.Context, o *op, plan *containerPlan) (string, error) {
@@ -254,7 +236,6 @@ func (s *Service) createContainer(ctx context.Context, o *op, plan *containerPla
 	begun := time.Now()
 	var launched shim.Launched
 	err := o.steps(ctx, []step{
-		{"log", func(context.Context) error { return makeLogDir(plan) }},
 		{"init", func(ctx context.Context) error {
 			if plan.in.PID.Path != s.deps.Pins.Path(plan.pod.ID, pidKind) {
 				return nil

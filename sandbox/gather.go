@@ -508,7 +508,7 @@ func applySysctls(list []sysctl) error {
 	defer unix.Close(root)
 	for _, s := range list {
 		if err := writeSysctl(root, s); err != nil {
-			return fmt.Errorf("%w: linux.sysctls: %s = %.200q: %w", ErrInvalid, s.name, s.value, err)
+			return fmt.Errorf("%w: linux.sysctls[%.200q]: %.200q: %w", ErrInvalid, strings.ReplaceAll(s.name, "/", "."), s.value, err)
 		}
 	}
 	return nil
