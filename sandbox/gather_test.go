@@ -456,8 +456,8 @@ func TestApplySysctls(t *testing.T) {
 	if err := <-errs; err != nil {
 		t.Fatal(err)
 	}
-	wantInvalid(t, <-errs, "net/ipv4/no_such_thing")
-	wantInvalid(t, <-errs, "../sys/kernel/msgmax")
+	wantInvalid(t, <-errs, "net.ipv4.no_such_thing")
+	wantInvalid(t, <-errs, "...sys.kernel.msgmax")
 	if after, _ := os.ReadFile(file); string(after) != string(host) {
 		t.Errorf("the host's has become %q", after)
 	}
