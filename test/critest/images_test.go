@@ -266,7 +266,7 @@ func TestImageFilesystem(t *testing.T) {
 	b := open(t)
 	r, err := b.client.Images.ImageFsInfo(b.ctx, &runtime.ImageFsInfoRequest{})
 	b.must(err)
-	if len(r.ImageFilesystems) == 0 || len(r.ContainerFilesystems) == 0 {
+	if len(r.ImageFilesystems) == 0 { // those of containers are optional
 		t.Fatalf("file systems %v", r)
 	}
 	fs := r.ImageFilesystems[0]

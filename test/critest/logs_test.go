@@ -108,7 +108,7 @@ func (b *box) continuous(entries []entry, last int) {
 // TestLogReopen: what a rotation does: rename, then reopen, while output flows.
 func TestLogReopen(t *testing.T) {
 	b := open(t)
-	const lines = 30000
+	const lines = 6000
 	c := b.pod().run([]string{"/guest", "lines", fmt.Sprint(lines), "100"})
 	var rotated []string
 	for i := range 3 {

@@ -63,14 +63,15 @@ func TestMountReadonly(t *testing.T) {
 	}
 }
 
-// TestMountMissingHostPath: a path of the host that does not exist is made as
-// a directory, as the kubelet's tests expect of a runtime.
+// TestMountMissingHostPath: a path of the host that does not exist is named,
+// and not made: berth writes nowhere but in its own directories.
 func TestMountMissingHostPath(t *testing.T) {
 	b := open(t)
+	b.ours()
 	path := filepath.Join(t.TempDir(), "not", "there")
-	b.pod().output(sh("touch /vol/x"), mount(path, "/vol"))
-	if _, err := os.Stat(filepath.Join(path, "x")); err != nil {
-		t.Error(err)
+	b.pod().refuses(sh("true"), mount(path, "/vol"), path)
+	if _, err := os.Stat(path); err == nil {
+		t.Errorf("%s was made", path)
 	}
 }
 

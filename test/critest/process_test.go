@@ -122,7 +122,7 @@ func TestImageUser(t *testing.T) {
 	for _, user := range []string{"2147483648", "4294967296", "1e30", "0:0x", "0x0", "+0", "-1", "1:-1", "nobody-knows", "1:2:3", "99999999999999999999", ":", "a b"} {
 		if got, err := p.idsAs(user); err == nil {
 			t.Errorf("USER %q ran as %q, want an error", user, got)
-		} else if !strings.Contains(err.Error(), user) && !strings.Contains(err.Error(), strconv.Quote(user)) {
+		} else if !strings.Contains(err.Error(), strings.TrimLeft(user[strings.Index(user, ":")+1:], " ")) {
 			t.Errorf("USER %q: error does not name it: %v", user, err)
 		}
 	}

@@ -72,6 +72,10 @@ type Node struct {
 	ids    idSet
 }
 
+// LogsEnv names a directory in which the logs of all berthds are kept after
+// the tests, one file per node.
+const LogsEnv = "BERTH_TEST_LOGS"
+
 var nodes atomic.Int32
 
 // New lays out a node's directories and its configuration and starts nothing.
@@ -94,6 +98,9 @@ func New(opts Options) (*Node, error) {
 		Subnet: fmt.Sprintf("10.%d.%d.0/24", 100+os.Getpid()/250%100, (os.Getpid()%250+i*7)%250),
 	}
 	n.Socket = filepath.Join(n.RunDir, "berth.sock")
+	if logs := os.Getenv(LogsEnv); logs != "" {
+		n.LogFile = filepath.Join(logs, name+".log")
+	}
 	for _, d := range []string{n.StateDir, n.RunDir, n.LogDir, n.CNIDir, n.addressDir()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("node: %w", err)

@@ -31,7 +31,8 @@ type Fault struct {
 	// times altogether (negative: every time).
 	DropAfter int64
 	DropTimes int
-	// Hang leaves every layer request unanswered until the client gives up.
+	// Hang leaves every layer request unanswered until the client gives up or
+	// the fault is replaced; then the connection is dropped.
 	Hang bool
 	// Rate limits layers to this many bytes per second; 0 is no limit.
 	Rate int64
@@ -54,6 +55,7 @@ type repository struct {
 	tags      map[string]string // tag -> digest
 	blobs     map[string]blob
 	fault     Fault
+	replaced  chan struct{} // closed when fault is replaced
 }
 
 type blob struct {
@@ -103,11 +105,16 @@ func (s *Server) Push(repo, tag string, img *Image) {
 	}
 }
 
-// SetFault replaces the fault of repo; the zero Fault heals it.
+// SetFault replaces the fault of repo; the zero Fault heals it. The repository
+// "" stands for the server itself: its credentials are asked for at /v2/, where
+// clients learn what kind of authorization there is.
 func (s *Server) SetFault(repo string, f Fault) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.repoLocked(repo).fault = f
+	r := s.repoLocked(repo)
+	r.fault = f
+	close(r.replaced)
+	r.replaced = make(chan struct{})
 }
 
 // Requests returns "METHOD path" of all requests so far, in order of arrival.
@@ -120,7 +127,7 @@ func (s *Server) Requests() []string {
 func (s *Server) repoLocked(name string) *repository {
 	r := s.repos[name]
 	if r == nil {
-		r = &repository{manifests: map[string]*Image{}, tags: map[string]string{}, blobs: map[string]blob{}}
+		r = &repository{manifests: map[string]*Image{}, tags: map[string]string{}, blobs: map[string]blob{}, replaced: make(chan struct{})}
 		s.repos[name] = r
 	}
 	return r
@@ -160,7 +167,12 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 		return
 	}
 	if rest == "" {
-		w.WriteHeader(http.StatusOK)
+		s.mu.Lock()
+		f := s.repoLocked("").fault
+		s.mu.Unlock()
+		if s.authorized(w, q, "", f) {
+			w.WriteHeader(http.StatusOK)
+		}
 		return
 	}
 	repo, kind, name, err := split(rest)
@@ -179,7 +191,7 @@ func (s *Server) serve(w http.ResponseWriter, q *http.Request, repo, kind, name 
 		answer(w, http.StatusNotFound, "NAME_UNKNOWN", "repository name not known to registry")
 		return
 	}
-	fault := r.fault
+	fault, replaced := r.fault, r.replaced
 	digest := name
 	if d, ok := r.tags[name]; ok {
 		digest = d
@@ -190,7 +202,7 @@ func (s *Server) serve(w http.ResponseWriter, q *http.Request, repo, kind, name 
 	switch {
 	case !s.authorized(w, q, repo, fault):
 	case fault.Status != 0:
-		answer(w, fault.Status, "UNKNOWN", "fault on request of the test")
+		answer(w, fault.Status, errorCodes[fault.Status], "fault on request of the test")
 	case kind == "manifests" && img != nil:
 		body := img.Manifest
 		if fault.WrongManifest && name == digest {
@@ -198,7 +210,7 @@ func (s *Server) serve(w http.ResponseWriter, q *http.Request, repo, kind, name 
 		}
 		w.Header().Set("Content-Type", img.MediaType)
 		w.Header().Set("Docker-Content-Digest", img.Digest)
-		s.send(q.Context(), w, q, body, Fault{})
+		s.send(w, q, body, Fault{}, nil)
 	case kind == "blobs" && b.data != nil:
 		w.Header().Set("Content-Type", "application/octet-stream")
 		w.Header().Set("Docker-Content-Digest", name)
@@ -208,7 +220,7 @@ func (s *Server) serve(w http.ResponseWriter, q *http.Request, repo, kind, name 
 		if fault.DropTimes != 0 && q.Method == http.MethodGet {
 			s.drop(repo)
 		}
-		s.send(q.Context(), w, q, b.data, fault)
+		s.send(w, q, b.data, fault, replaced)
 	default:
 		answer(w, http.StatusNotFound, strings.ToUpper(strings.TrimSuffix(kind, "s"))+"_UNKNOWN", kind+" "+name+" not known to registry")
 	}
@@ -271,11 +283,12 @@ func (s *Server) token(w http.ResponseWriter, q *http.Request) {
 }
 
 // send writes body, or the part of it that a single-range request asks for,
-// with the faults of f.
-func (s *Server) send(ctx context.Context, w http.ResponseWriter, q *http.Request, body []byte, f Fault) {
+// with the faults of f. replaced ends a hanging answer.
+func (s *Server) send(w http.ResponseWriter, q *http.Request, body []byte, f Fault, replaced <-chan struct{}) {
 	if f.Hang {
 		select {
-		case <-ctx.Done():
+		case <-q.Context().Done():
+		case <-replaced:
 		case <-s.done:
 		}
 		panic(http.ErrAbortHandler)
@@ -302,7 +315,7 @@ func (s *Server) send(ctx context.Context, w http.ResponseWriter, q *http.Reques
 	if drop && int64(len(body)) > f.DropAfter {
 		body = body[:f.DropAfter]
 	}
-	s.write(ctx, w, body, f.Rate)
+	s.write(q.Context(), w, body, f.Rate)
 	if drop {
 		// Aborts the connection, so that the client sees a short body.
 		panic(http.ErrAbortHandler)
@@ -366,6 +379,9 @@ func rangeStart(h string) (int64, error) {
 	}
 	return n, nil
 }
+
+// errorCodes are the codes that registries send with these statuses.
+var errorCodes = map[int]string{401: "UNAUTHORIZED", 403: "DENIED", 404: "NAME_UNKNOWN", 429: "TOOMANYREQUESTS"}
 
 // answer writes an error object of the distribution specification.
 func answer(w http.ResponseWriter, status int, code, message string) {
