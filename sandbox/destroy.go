@@ -51,7 +51,6 @@ func (s *Service) teardown(ctx context.Context, o *op, id string) error {
 	}
 	err = o.allSteps(ctx, []step{
 		{"namespaces", func(context.Context) error { return s.deps.Pins.Destroy(id) }},
-		{"cgroup", func(context.Context) error { return removeUnused(p.Cgroups) }},
 	})
 	if err != nil {
 		return err
@@ -80,7 +79,7 @@ func removeUnused(dirs []string) error {
 
 // destroyPod undoes a pod, whatever of it exists.
 func (s *Service) destroyPod(ctx context.Context, o *op, id string) error {
-	_, err := s.book.updatePod(id, func(r *podRow) error { r.Removing = true; return nil })
+	p, err := s.book.updatePod(id, func(r *podRow) error { r.Removing = true; return nil })
 	if errors.Is(err, store.ErrNotFound) {
 		return nil
 	}
@@ -93,6 +92,9 @@ func (s *Service) destroyPod(ctx context.Context, o *op, id string) error {
 	})
 	if err == nil {
 		err = o.steps(ctx, []step{
+			// Not before the containers are removed: until then their own cgroups
+			// may still be in there, and nobody would come back for these.
+			{"cgroup", func(context.Context) error { return removeUnused(p.Cgroups) }},
 			{"files", func(context.Context) error { return s.removePodFiles(id) }},
 			{"row", func(context.Context) error { return s.book.deletePod(id) }},
 		})
