@@ -29,7 +29,8 @@ func (s *shim) initEnded(ws unix.WaitStatus) {
 	if ws.Signaled() {
 		s.exit.Signal = int(ws.Signal())
 	}
-	s.exit.OOMKilled = s.oom.killed(ws.Signaled() && ws.Signal() == unix.SIGKILL) && s.exit.Code != 0
+	// A shell passes on in its code that its child was killed.
+	s.exit.OOMKilled = s.oom.killed(s.exit.Code == 128+int(unix.SIGKILL)) && s.exit.Code != 0
 	switch {
 	case s.exit.OOMKilled:
 		s.exit.Reason = "out of memory"
@@ -178,6 +179,7 @@ func (s *shim) shutDown(p pending) *stepError {
 // killed when the init has ended.
 func (s *shim) killAll() {
 	if s.initFD >= 0 {
+		s.oom.read()
 		unix.PidfdSendSignal(s.initFD, unix.SIGKILL, nil, 0)
 	}
 }
@@ -192,6 +194,9 @@ func (s *shim) kill(p pending, body wire.Fields) *stepError {
 		return fail(wire.CodeState, "", "container is "+s.status)
 	}
 	sig := unix.Signal(k.Signal)
+	if sig == unix.SIGKILL {
+		s.oom.read() // so that this death is not taken for the kernel's doing
+	}
 	switch {
 	case !k.All || s.l.PrivatePID && sig == unix.SIGKILL:
 		// The kernel kills a PID namespace with its init.

@@ -108,6 +108,68 @@ func TestOOMKills(t *testing.T) {
 	}
 }
 
+// TestOOMWatch: a cgroup v2 that goes away before its count could be read.
+func TestOOMWatch(t *testing.T) {
+	tests := []struct {
+		name      string
+		own       string // at the end, "" for gone
+		above     string // at the end, "" for never there
+		look      bool   // once more, after the count above has risen
+		bySIGKILL bool
+		want      bool
+	}{
+		{"nothing", "oom_kill 1", "oom_kill 5", false, true, false},
+		{"counted", "oom_kill 2", "oom_kill 6", false, false, true},
+		{"counted without a cgroup above", "oom_kill 2", "", false, false, true},
+		{"gone", "", "oom_kill 5", false, true, false},
+		{"gone without a cgroup above", "", "", false, true, false},
+		{"gone after a kill", "", "oom_kill 6", false, true, true},
+		{"gone after a kill, own exit code", "", "oom_kill 6", false, false, false},
+		{"gone after the kill of a neighbour", "", "oom_kill 6", true, true, false},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			dir := t.TempDir()
+			above, own := dir+"/memory.events", dir+"/own/memory.events"
+			if err := os.Mkdir(dir+"/own", 0o755); err != nil {
+				t.Fatal(err)
+			}
+			write := func(name, text string) {
+				if err := os.WriteFile(name, []byte("max 3\n"+text+"\n"), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			write(own, "oom_kill 1")
+			if test.above != "" {
+				write(above, "oom_kill 5")
+			}
+			l, err := newLoop()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(l.ep)
+			var o oomWatch
+			o.open(l, own)
+			if o.fd <= 0 || (o.above > 0) != (test.above != "") {
+				t.Fatalf("open: %+v", o)
+			}
+			if test.above != "" {
+				write(above, test.above)
+			}
+			if test.look {
+				o.read()
+			}
+			write(own, test.own)
+			if got := o.killed(test.bySIGKILL); got != test.want {
+				t.Errorf("killed: %v", got)
+			}
+			if o.fd != 0 || o.above != 0 {
+				t.Errorf("left open: %+v", o)
+			}
+		})
+	}
+}
+
 func TestCheck(t *testing.T) {
 	good := wire.Launch{ID: "x", Bundle: "/b", Runtime: "/r", Socket: "/s", ExitFile: "/e"}
 	l := good
