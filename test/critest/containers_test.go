@@ -305,8 +305,8 @@ func TestContainerBadInput(t *testing.T) {
 	})
 	t.Run("no command at all", func(t *testing.T) {
 		p := p.with(t)
-		_, err := b.client.Pull(b.ctx, b.ref(images.Large))
-		b.must(err)
+		b.pull(b.ref(images.Large))
+		t.Cleanup(func() { b.dropImage(b.ref(images.Large)) })
 		p.refuses(nil, b.image(images.Large), "command")
 	})
 	if ids := p.containerIDs(nil); len(ids) > 1 { // one refused at its start may stay as created

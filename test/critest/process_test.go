@@ -2,7 +2,6 @@ package critest
 
 import (
 	"fmt"
-	"strconv"
 	"strings"
 	"testing"
 

@@ -1,0 +1,148 @@
+// Package deps holds the structure of the program: who may import whom, which
+// library may be used where, and how many packages each binary is made of.
+package deps
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/berthd/berth/"
+
+// allowed is the table of docs/architecture.md: what each package may import of
+// berth. A package that is not in it fails the test.
+var allowed = map[string][]string{
+	"cmd/berthd": {"cri", "sandbox", "sandbox/spec", "sandbox/cgroup", "imageservice", "imageservice/layer", "snapshotter", "snapshotter/overlay",
+		"store", "cni", "cni/netns", "shim"},
+	"cmd/berth-shim":           {"shim/shimd"},
+	"cmd/berth-init":           {},
+	"cri":                      {"sandbox", "sandbox/spec", "imageservice"},
+	"sandbox":                  {"imageservice", "cni", "cni/netns", "shim", "sandbox/spec", "sandbox/cgroup", "snapshotter", "store"},
+	"sandbox/spec":             {},
+	"sandbox/cgroup":           {},
+	"imageservice":             {"imageservice/layer", "snapshotter", "store"},
+	"imageservice/layer":       {},
+	"snapshotter":              {},
+	"snapshotter/overlay":      {"snapshotter", "store"},
+	"snapshotter/snapshottest": {"snapshotter"},
+	"cni":                      {"cni/netns"},
+	"cni/netns":                {},
+	"shim":                     {"shim/wire"},
+	"shim/shimd":               {"shim/wire", "shim/crilog"},
+	"shim/wire":                {},
+	"shim/crilog":              {},
+	"store":                    {},
+}
+
+// fences are libraries that may be used in few places, each for its reason.
+var fences = map[string][]string{
+	"go.etcd.io/bbolt":                   {"store"},             // one book, one owner
+	"github.com/containernetworking/cni": {"cni"},               // plugins are never trusted, and one package sees to it
+	"github.com/containers/image":        {"imageservice"},      // its size and its settings stay in one place
+	"google.golang.org/grpc":             {"cri", "cmd/berthd"}, // no codes below the edge: errors are errors
+	"k8s.io/cri-api":                     {"cri", "sandbox", "sandbox/spec"},
+	"k8s.io/cri-streaming":               {"cri"},
+	"github.com/prometheus":              {"cri", "cmd/berthd"},
+	"github.com/BurntSushi/toml":         {"cmd/berthd"},
+}
+
+// closed are trees that import nothing of others but x/sys: the shim's size is
+// a feature, and so is what process 1 of a pod is made of.
+var closed = []string{"shim/shimd", "shim/wire", "shim/crilog", "cmd/berth-shim", "cmd/berth-init"}
+
+// The most packages that a binary may consist of, the standard library included.
+// Raise a number only for a dependency that has earned its place.
+var counts = map[string]int{"cmd/berthd": 640, "cmd/berth-shim": 64, "cmd/berth-init": 60}
+
+type goPackage struct {
+	ImportPath string
+	Imports    []string
+	Deps       []string
+	Standard   bool
+}
+
+func mustList(t *testing.T) map[string]goPackage {
+	t.Helper()
+	cmd := exec.Command("go", "list", "-json=ImportPath,Imports,Deps,Standard", "./...")
+	cmd.Dir = "../.."
+	out, err := cmd.Output()
+	if err != nil {
+		var e *exec.ExitError
+		if errors.As(err, &e) {
+			t.Fatalf("go list: %v: %s", err, e.Stderr)
+		}
+		t.Fatal(err)
+	}
+	list := map[string]goPackage{}
+	for dec := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p goPackage
+		if err := dec.Decode(&p); errors.Is(err, io.EOF) {
+			return list
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if name, ok := strings.CutPrefix(p.ImportPath, module); ok {
+			list[name] = p
+		}
+	}
+}
+
+func TestImportTable(t *testing.T) {
+	for name, p := range mustList(t) {
+		if strings.HasPrefix(name, "test/") {
+			continue
+		}
+		may, ok := allowed[name]
+		if !ok {
+			t.Errorf("%s is not in the table", name)
+			continue
+		}
+		for _, imp := range p.Imports {
+			if own, ok := strings.CutPrefix(imp, module); ok && !slices.Contains(may, own) {
+				t.Errorf("%s imports %s, which is not below it in the table", name, own)
+			}
+		}
+	}
+}
+
+func TestFences(t *testing.T) {
+	for name, p := range mustList(t) {
+		if strings.HasPrefix(name, "test/") {
+			continue
+		}
+		for _, imp := range p.Imports {
+			for lib, where := range fences {
+				if within(imp, lib) && !slices.Contains(where, name) {
+					t.Errorf("%s imports %s, which belongs in %s only", name, imp, strings.Join(where, ", "))
+				}
+			}
+			if slices.Contains(closed, name) && strings.Contains(strings.Split(imp, "/")[0], ".") &&
+				!within(imp, "golang.org/x/sys") && !strings.HasPrefix(imp, module) {
+				t.Errorf("%s imports %s; it may use the standard library and golang.org/x/sys", name, imp)
+			}
+			if strings.HasPrefix(name, "shim") && within(imp, "k8s.io/klog") {
+				t.Errorf("%s imports klog", name)
+			}
+		}
+	}
+}
+
+func within(imp, lib string) bool { return imp == lib || strings.HasPrefix(imp, lib+"/") }
+
+func TestDependencyCounts(t *testing.T) {
+	list := mustList(t)
+	for name, most := range counts {
+		if n := len(list[name].Deps); n > most {
+			t.Errorf("%s is made of %d packages, limit %d", name, n, most)
+		} else if n == 0 {
+			t.Errorf("%s: no dependencies listed", name)
+		} else {
+			t.Logf("%s: %d packages of at most %d", name, n, most)
+		}
+	}
+}
