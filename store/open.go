@@ -211,6 +211,8 @@ func walkBucket(_ []byte, b *bbolt.Bucket) error {
 }
 
 // touched keeps the compiler from dropping the reads of walkBucket.
+//
+//lint:ignore U1000 that it is written to is its use
 var touched byte
 
 // create begins a book at path unless there is a file. It is made complete

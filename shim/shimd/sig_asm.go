@@ -1,5 +1,7 @@
 //go:build amd64 || arm64
 
+//lint:file-ignore U1000 the assembly uses what Go does not
+
 package shimd
 
 import (
