@@ -32,7 +32,7 @@ const writeTimeout = 20 * time.Second
 // context's error, wrapped, when that ends first; the shim may then still do
 // what was asked.
 type Client struct {
-	conn   net.Conn
+	conn   *net.UnixConn
 	hello  wire.Hello
 	exited chan Exit
 	gone   chan struct{}
@@ -76,7 +76,7 @@ func Connect(ctx context.Context, socket string) (*Client, error) {
 		}
 		return nil, fmt.Errorf("shim socket %s: %w", socket, err)
 	}
-	c, err := newClient(ctx, conn)
+	c, err := newClient(ctx, conn.(*net.UnixConn))
 	if err != nil {
 		return nil, fmt.Errorf("shim socket %s: %w", socket, err)
 	}
@@ -98,7 +98,7 @@ func dialPath(socket string) (path string, done func(), err error) {
 }
 
 // newClient shakes hands on conn, which it owns from here on.
-func newClient(ctx context.Context, conn net.Conn) (*Client, error) {
+func newClient(ctx context.Context, conn *net.UnixConn) (*Client, error) {
 	c := &Client{
 		conn:   conn,
 		exited: make(chan Exit, 1),
@@ -179,14 +179,15 @@ func (c *Client) dispatch(f wire.Frame) error {
 	}
 	c.mu.Lock()
 	k := c.calls[f.Call]
-	if k != nil && f.Type != wire.TypeExecOutput {
+	last := f.Type != wire.TypeExecOutput && f.Type != wire.TypeStarted
+	if k != nil && last {
 		delete(c.calls, f.Call)
 	}
 	c.mu.Unlock()
 	switch {
 	case k == nil: // nobody waits any more
 		return nil
-	case f.Type == wire.TypeExecOutput:
+	case !last:
 		if k.part == nil {
 			return wire.ErrFrame
 		}
@@ -222,9 +223,10 @@ func (c *Client) reason() error {
 	return c.err
 }
 
-// send writes frames. A write that does not finish in time leaves half a frame
-// behind, so it costs the connection.
-func (c *Client) send(ctx context.Context, b []byte) error {
+// send writes frames, with the descriptors that they are about. A write that
+// does not finish in time leaves half a frame behind, so it costs the
+// connection.
+func (c *Client) send(ctx context.Context, b []byte, files ...*os.File) error {
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
 	if err := ctx.Err(); err != nil {
@@ -235,7 +237,7 @@ func (c *Client) send(ctx context.Context, b []byte) error {
 		end = t
 	}
 	c.conn.SetWriteDeadline(end)
-	if _, err := c.conn.Write(b); err != nil {
+	if err := c.write(b, files); err != nil {
 		c.conn.Close()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			return fmt.Errorf("%w: %w", ErrGone, err)
@@ -245,13 +247,34 @@ func (c *Client) send(ctx context.Context, b []byte) error {
 	return nil
 }
 
-// do makes one call and waits for its answer. An Error frame becomes an error.
-func (c *Client) do(ctx context.Context, part func(wire.Frame) error, build func(*wire.Builder, uint32) error) (answer, error) {
+// write sends the descriptors with the first byte.
+func (c *Client) write(b []byte, files []*os.File) error {
+	if len(files) > 0 {
+		fds := make([]int, len(files))
+		for i, f := range files {
+			fds[i] = int(f.Fd())
+		}
+		n, _, err := c.conn.WriteMsgUnix(b, unix.UnixRights(fds...), nil)
+		if err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	_, err := c.conn.Write(b)
+	return err
+}
+
+// do makes one call and waits for its answer. The files are closed once they
+// are sent, as the shim is to have the only ones.
+func (c *Client) do(ctx context.Context, part func(wire.Frame) error, build func(*wire.Builder, uint32) error, files ...*os.File) (answer, error) {
 	id, k := c.begin(part)
 	var b wire.Builder
 	err := build(&b, id)
 	if err == nil {
-		err = c.send(ctx, b.Buf)
+		err = c.send(ctx, b.Buf, files...)
+	}
+	for _, f := range files {
+		f.Close()
 	}
 	if err != nil {
 		c.forget(id)
@@ -274,9 +297,10 @@ func (c *Client) do(ctx context.Context, part func(wire.Frame) error, build func
 	}
 }
 
-// ask makes a call that is answered with want, or with an Error.
-func (c *Client) ask(ctx context.Context, name string, want uint16, part func(wire.Frame) error, build func(*wire.Builder, uint32) error) (wire.Fields, error) {
-	a, err := c.do(ctx, part, build)
+// ask makes a call that is answered with want, or with an Error, which becomes
+// an error.
+func (c *Client) ask(ctx context.Context, name string, want uint16, part func(wire.Frame) error, build func(*wire.Builder, uint32) error, files ...*os.File) (wire.Fields, error) {
+	a, err := c.do(ctx, part, build, files...)
 	if err != nil {
 		return nil, fmt.Errorf("shim %s: %w", name, err)
 	}
@@ -370,22 +394,5 @@ func (c *Client) Shutdown(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("shim shutdown: %w", ctx.Err())
-	}
-}
-
-// WriteStdin writes p to the container's stdin and returns when the pipe or pty
-// took all of it. With eof it then ends the input. One write runs at a time: a
-// second one gets ErrBusy. ErrState when the container has no stdin.
-func (c *Client) WriteStdin(ctx context.Context, p []byte, eof bool) error {
-	for {
-		n := min(len(p), wire.MaxChunk)
-		last := n == len(p)
-		_, err := c.ask(ctx, "stdin", wire.TypeOK, nil, func(b *wire.Builder, id uint32) error {
-			return wire.Stdin{Data: p[:n], EOF: eof && last}.Append(b, id)
-		})
-		if err != nil || last {
-			return err
-		}
-		p = p[n:]
 	}
 }

@@ -2,7 +2,6 @@ package shim
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -63,9 +62,7 @@ func (c *Client) Exec(ctx context.Context, r ExecRequest) (ExecResult, error) {
 		return appendExec(b, n, r)
 	})
 	if err != nil {
-		if id != 0 && ctx.Err() != nil && errors.Is(err, ctx.Err()) {
-			c.cancel(context.WithoutCancel(ctx), id)
-		}
+		c.cancelIfEnded(ctx, err, id)
 		// The reader may still be appending to res: it is not handed out.
 		return ExecResult{}, err
 	}
@@ -80,7 +77,15 @@ func (c *Client) Exec(ctx context.Context, r ExecRequest) (ExecResult, error) {
 }
 
 func appendExec(b *wire.Builder, id uint32, r ExecRequest) error {
-	for p := r.Process; len(p) > 0; {
+	if err := appendProcess(b, id, r.Process); err != nil {
+		return err
+	}
+	return wire.Exec{Timeout: r.Timeout, Drain: r.Drain, MaxOutput: r.MaxOutput}.Append(b, id)
+}
+
+// appendProcess appends the process file of an exec, in pieces.
+func appendProcess(b *wire.Builder, id uint32, p []byte) error {
+	for len(p) > 0 {
 		n := min(len(p), wire.MaxChunk)
 		b.Begin(wire.TypeExecData, id)
 		b.Bytes(wire.TagData, p[:n])
@@ -89,7 +94,7 @@ func appendExec(b *wire.Builder, id uint32, r ExecRequest) error {
 		}
 		p = p[n:]
 	}
-	return wire.Exec{Timeout: r.Timeout, Drain: r.Drain, MaxOutput: r.MaxOutput}.Append(b, id)
+	return nil
 }
 
 // appendBounded holds the limit against the shim, too.

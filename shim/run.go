@@ -42,7 +42,7 @@ func Run(ctx context.Context, shimBinary string, l Launch) (*Client, Launched, e
 	if err != nil {
 		return nil, Launched{}, fmt.Errorf("shim %s: %w", shimBinary, err)
 	}
-	c, err := newClient(ctx, conn)
+	c, err := newClient(ctx, conn.(*net.UnixConn)) // a socket pair of that family
 	if err != nil {
 		return nil, Launched{}, fmt.Errorf("shim %s: %w", shimBinary, err)
 	}

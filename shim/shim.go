@@ -79,6 +79,8 @@ var (
 	ErrBusy = errors.New("shim busy")
 	// ErrUnsupported: the shim is of another version and does not know this.
 	ErrUnsupported = errors.New("shim does not support this")
+	// ErrSlow: an Attach was ended because its pipe was full for too long.
+	ErrSlow = errors.New("attached client does not read")
 )
 
 var codeErrors = map[wire.Code]error{
@@ -88,6 +90,7 @@ var codeErrors = map[wire.Code]error{
 	wire.CodeTimeout:     ErrTimeout,
 	wire.CodeBusy:        ErrBusy,
 	wire.CodeUnsupported: ErrUnsupported,
+	wire.CodeSlow:        ErrSlow,
 }
 
 // answerError is what a shim answered instead of a result.

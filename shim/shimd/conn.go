@@ -25,6 +25,7 @@ type conn struct {
 	in      []byte // a frame that has not fully arrived
 	out     []byte // what the client has not taken yet
 	uploads []upload
+	files   []int // descriptors that came, for frames that come
 }
 
 // upload is the process file of an exec, before the exec itself.
@@ -121,9 +122,16 @@ func (c *conn) close() {
 		unix.Close(u.fd)
 	}
 	c.uploads = nil
+	closeFDs(c.files)
+	c.files = nil
 	for _, x := range c.s.execs {
 		if x.c == c {
 			x.kill()
+		}
+	}
+	for _, a := range c.s.attached {
+		if a.p.c == c {
+			a.end()
 		}
 	}
 	if c.s.status == "" { // nobody is left who could say what to create
@@ -141,7 +149,7 @@ func (c *conn) ready(events uint32) {
 }
 
 func (c *conn) read() {
-	p, err := readIn(c.fd, inSize)
+	p, err := c.receive()
 	if err == unix.EAGAIN {
 		return
 	}
@@ -199,13 +207,17 @@ func (c *conn) frame(f wire.Frame) bool {
 	case wire.TypeExec:
 		bad = s.exec(p, f.Body)
 	case wire.TypeCancel:
-		s.cancelExec(p)
+		s.cancel(p)
 	case wire.TypeReopenLog:
 		bad = s.reopenLog(p)
 	case wire.TypeState:
 		s.state(p)
 	case wire.TypeStdin:
 		bad = s.writeStdin(p, f.Body)
+	case wire.TypeAttach:
+		bad = s.attach(p, f.Body)
+	case wire.TypeResize:
+		bad = s.resize(p, f.Body)
 	case wire.TypeShutdown:
 		bad = s.shutDown(p)
 	default:
@@ -253,6 +265,15 @@ func (p pending) ok() {
 	b := &p.c.s.b
 	b.Buf = b.Buf[:0]
 	b.Begin(wire.TypeOK, p.call)
+	b.End()
+	p.c.send(b.Buf)
+}
+
+// started says that what the call began is under way; its answer comes later.
+func (p pending) started() {
+	b := &p.c.s.b
+	b.Buf = b.Buf[:0]
+	b.Begin(wire.TypeStarted, p.call)
 	b.End()
 	p.c.send(b.Buf)
 }

@@ -31,6 +31,9 @@ type exec struct {
 	pid     int    // of the process, 0 before it is known and after its end
 	pidFile []byte // name in the bundle, with a NUL
 	process int    // memory file, -1 when it is closed
+	stream  bool   // its stdio is the client's, and the shim has no part in it
+	stdio   [3]int // if so, until the runtime has them; -1 for none
+	console string // if so, the socket for its pty
 	out     [2]execStream
 	max     int64
 	drain   time.Duration
@@ -78,9 +81,16 @@ func (s *shim) exec(p pending, body wire.Fields) *stepError {
 	process := p.c.takeUpload(p.call)
 	var r wire.Exec
 	var e *stepError
+	err := r.Decode(body)
+	stdio, ok := []int(nil), true
+	if r.Stream && r.Console == "" {
+		stdio, ok = p.c.takeFiles(3)
+	}
 	switch {
-	case r.Decode(body) != nil || process < 0 || r.Timeout < 0 || r.MaxOutput < 0 || r.Drain < 0 || r.Drain > maxDrain:
+	case err != nil || process < 0 || r.Timeout < 0 || r.MaxOutput < 0 || r.Drain < 0 || r.Drain > maxDrain:
 		e = fail(wire.CodeInvalid, "", "exec without a process, or with a limit out of bounds")
+	case !ok || r.Stream && (r.Timeout != 0 || r.Drain != 0 || r.MaxOutput != 0) || !r.Stream && r.Console != "" || len(r.Console) >= unix.PathMax:
+		e = fail(wire.CodeInvalid, "", "streaming exec without its three descriptors, or with limits")
 	case s.status != wire.StatusRunning:
 		e = fail(wire.CodeState, "", "container is "+s.status+", not running")
 	case len(s.execs) >= maxExecs:
@@ -88,6 +98,7 @@ func (s *shim) exec(p pending, body wire.Fields) *stepError {
 	}
 	if e != nil {
 		unix.Close(process)
+		closeFDs(stdio)
 		return e
 	}
 	if r.Drain == 0 {
@@ -96,6 +107,8 @@ func (s *shim) exec(p pending, body wire.Fields) *stepError {
 	x := s.newExec()
 	x.p, x.c, x.process, x.max, x.drain = p, p.c, process, r.MaxOutput, r.Drain
 	x.killed, x.timedOut, x.ended, x.over, x.status = false, false, false, false, 0
+	x.stream, x.console, x.stdio = r.Stream, r.Console, [3]int{-1, -1, -1}
+	copy(x.stdio[:], stdio)
 	if e := x.start(); e != nil {
 		x.closeAll()
 		x.over = true
@@ -110,15 +123,17 @@ func (s *shim) exec(p pending, body wire.Fields) *stepError {
 }
 
 func (x *exec) start() *stepError {
-	plan := forkPlan{stdio: [3]int{-1, -1, -1}}
+	plan := forkPlan{stdio: x.stdio}
+	x.stdio = [3]int{-1, -1, -1}
 	var err error
 	for i := range x.out {
 		o := &x.out[i]
 		o.fd, o.sent, o.cut = -1, 0, false
-		if err == nil {
+		if err == nil && !x.stream {
 			o.fd, plan.stdio[i+1], err = pipe(false)
 		}
 	}
+	ends := plan.stdio
 	e := (*stepError)(nil)
 	if err != nil {
 		e = failErr("stdio", err)
@@ -128,10 +143,13 @@ func (x *exec) start() *stepError {
 		c.begin().fd(x.process).end()
 		c.add("--pid-file")
 		c.begin().str(s.l.Bundle).str("/").str(string(x.pidFile[:len(x.pidFile)-1])).end()
+		if x.console != "" {
+			c.add("--console-socket", x.console)
+		}
 		c.add("--detach", s.l.ID)
 		e = x.job.run(&plan, s.l.CreateTimeout)
 	}
-	for _, fd := range plan.stdio[1:] {
+	for _, fd := range ends {
 		if fd >= 0 {
 			unix.Close(fd)
 		}
@@ -140,7 +158,9 @@ func (x *exec) start() *stepError {
 		return e
 	}
 	for i := range x.out {
-		x.s.loop.add(x.out[i].fd, unix.EPOLLIN, x.out[i].ready)
+		if !x.stream {
+			x.s.loop.add(x.out[i].fd, unix.EPOLLIN, x.out[i].ready)
+		}
 	}
 	return nil
 }
@@ -155,6 +175,8 @@ func (x *exec) started(e *stepError) {
 			x.pid = pid
 			if x.killed {
 				killTree(pid)
+			} else if x.stream {
+				x.p.started()
 			}
 			return
 		}
@@ -262,12 +284,23 @@ func (x *exec) kill() {
 	}
 }
 
-func (s *shim) cancelExec(p pending) {
+// cancel ends what the call asked for.
+func (s *shim) cancel(p pending) {
 	for _, x := range s.execs {
 		if x.p == p {
 			x.kill()
 			return
 		}
+	}
+	for _, a := range s.attached {
+		if a.p == p {
+			a.end()
+			return
+		}
+	}
+	if s.stdin.asked == p {
+		s.dropStdin()
+		return
 	}
 	if fd := p.c.takeUpload(p.call); fd >= 0 {
 		unix.Close(fd)

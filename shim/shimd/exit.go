@@ -46,6 +46,7 @@ func (s *shim) initEnded(ws unix.WaitStatus) {
 		x.kill()
 	}
 	s.closeStdin()
+	s.endInputs()
 	s.loop.after(s.l.DrainTimeout, s.closeStreams)
 	for _, st := range s.streams {
 		if st != nil {
@@ -66,6 +67,11 @@ func (s *shim) killRest(try int) {
 // closeStreams ends the draining: something that is not the container's any
 // more holds its output open.
 func (s *shim) closeStreams() {
+	for _, a := range s.attached {
+		if a.waits() {
+			a.cut() // the streams are not held any more
+		}
+	}
 	for _, st := range s.streams {
 		if st != nil {
 			st.read(4 * turn)
@@ -115,7 +121,7 @@ func (s *shim) record() {
 // endIfOver has the runtime delete the container once nothing else is under
 // way, then ends the shim.
 func (s *shim) endIfOver() {
-	if !s.told || s.ending || len(s.jobs) > 0 || len(s.execs) > 0 {
+	if !s.told || s.ending || len(s.jobs) > 0 || len(s.execs) > 0 || len(s.attached) > 0 {
 		return
 	}
 	s.ending = true

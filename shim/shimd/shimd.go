@@ -58,15 +58,16 @@ type shim struct {
 	jobs     []*job // running
 	starts   int    // of these, the ones that may leave a child to the shim
 
-	bundle  int // descriptor of the bundle directory
-	stdin   input
-	streams [2]*stream // stdout, stderr; nil when the container has none
-	log     *logFile
-	oom     oomWatch
-	execs   []*exec
-	spare   []*exec // to be used again
-	execSeq int
-	garbage int // bytes, about, since the last collection
+	bundle   int // descriptor of the bundle directory
+	stdin    input
+	streams  [2]*stream // stdout, stderr; nil when the container has none
+	attached []*attachment
+	log      *logFile
+	oom      oomWatch
+	execs    []*exec
+	spare    []*exec // to be used again
+	execSeq  int
+	garbage  int // bytes, about, since the last collection
 }
 
 // pending is a call that is to be answered later.

@@ -17,10 +17,12 @@ type stream struct {
 	fd     int // -1 after its end
 	framer *crilog.Framer
 	sinks  []sink
+	held   int // how many of the sinks wait, so that it is not read
 }
 
 type sink interface {
-	// chunk is given the stream's bytes in order, nil at its end.
+	// chunk is given the stream's bytes in order, nil at its end. A sink
+	// that needs time holds the stream.
 	chunk(st *stream, p []byte)
 }
 
@@ -150,15 +152,43 @@ func receiveFD(socket int) int {
 func (s *shim) watchStreams() {
 	for _, st := range s.streams {
 		if st != nil {
-			s.loop.add(st.fd, unix.EPOLLIN, func(uint32) { st.read(turn) })
+			s.loop.add(st.fd, unix.EPOLLIN, st.ready)
 		}
 	}
+}
+
+// ready is called for what the loop sees of a stream. A pty takes input, too.
+func (st *stream) ready(events uint32) {
+	if events&unix.EPOLLOUT != 0 && st.s.stdin.fd == st.fd {
+		st.s.feed()
+	}
+	if events&^unix.EPOLLOUT != 0 {
+		st.read(turn)
+	}
+}
+
+// hold adds to the number of those that the stream waits for.
+func (st *stream) hold(n int) {
+	st.held += n
+	st.rewatch()
+}
+
+// rewatch has the loop look for what the stream waits for.
+func (st *stream) rewatch() {
+	events := uint32(0)
+	if st.held == 0 {
+		events |= unix.EPOLLIN
+	}
+	if st.s.stdin.fd == st.fd && st.s.stdin.asked.c != nil {
+		events |= unix.EPOLLOUT
+	}
+	st.s.loop.set(st.fd, events)
 }
 
 // read passes on what is there, up to limit bytes, and returns whether the
 // stream has ended.
 func (st *stream) read(limit int) bool {
-	for limit > 0 && st.fd >= 0 {
+	for limit > 0 && st.fd >= 0 && st.held == 0 {
 		p, err := readIn(st.fd, inSize)
 		if err == unix.EAGAIN {
 			return false
@@ -216,6 +246,9 @@ func (s *shim) writeStdin(p pending, body wire.Fields) *stepError {
 // feed writes what the container takes, and waits for it to take more.
 func (s *shim) feed() {
 	in := &s.stdin
+	if in.asked.c == nil {
+		return // given up meanwhile
+	}
 	for len(in.rest) > 0 {
 		n, err := unix.Write(in.fd, in.rest)
 		switch {
@@ -230,12 +263,11 @@ func (s *shim) feed() {
 			in.rest = in.rest[n:]
 		}
 	}
-	p := in.asked
-	in.rest, in.asked = nil, pending{}
+	p, eof := in.asked, in.eof
+	in.rest, in.asked, in.eof = nil, pending{}, false
 	s.stopWaitStdin()
-	if in.eof && s.l.StdinOnce && !s.l.Terminal {
-		s.loop.close(in.fd)
-		in.fd = -1
+	if eof {
+		s.stdinOnce()
 	}
 	p.ok()
 }
@@ -243,17 +275,7 @@ func (s *shim) feed() {
 func (s *shim) waitStdin() {
 	fd := s.stdin.fd
 	if s.l.Terminal {
-		s.loop.set(fd, unix.EPOLLIN|unix.EPOLLOUT)
-		if w := s.loop.find(fd); w != nil {
-			w.ready = func(events uint32) {
-				if events&unix.EPOLLOUT != 0 {
-					s.feed()
-				}
-				if events&^unix.EPOLLOUT != 0 && s.streams[0] != nil {
-					s.streams[0].read(turn)
-				}
-			}
-		}
+		s.streams[0].rewatch()
 		return
 	}
 	if s.loop.find(fd) == nil {
@@ -265,10 +287,35 @@ func (s *shim) waitStdin() {
 
 func (s *shim) stopWaitStdin() {
 	if s.l.Terminal {
-		s.loop.set(s.stdin.fd, unix.EPOLLIN)
+		s.streams[0].rewatch()
 		return
 	}
 	s.loop.set(s.stdin.fd, 0)
+}
+
+// stdinOnce ends the input for good after a client that had it has gone, if
+// that is how the container was configured; first it gets what is under way.
+func (s *shim) stdinOnce() {
+	in := &s.stdin
+	switch {
+	case !s.l.StdinOnce || s.l.Terminal || in.fd < 0:
+	case in.asked.c != nil:
+		in.eof = true
+	default:
+		s.loop.close(in.fd)
+		in.fd = -1
+	}
+}
+
+// dropStdin gives up a write whose client does not wait for it any more.
+func (s *shim) dropStdin() {
+	in := &s.stdin
+	eof := in.eof
+	in.rest, in.asked, in.eof = nil, pending{}, false
+	s.stopWaitStdin()
+	if eof {
+		s.stdinOnce()
+	}
 }
 
 // closeStdin gives the input up, because nobody reads it any more.
@@ -276,6 +323,7 @@ func (s *shim) closeStdin() {
 	in := &s.stdin
 	if p := in.asked; p.c != nil {
 		in.rest, in.asked = nil, pending{}
+		s.stopWaitStdin()
 		p.error(fail(wire.CodeState, "", "container closed its stdin"))
 	}
 	if !s.l.Terminal {

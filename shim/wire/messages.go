@@ -24,6 +24,14 @@ type Exec struct {
 	Timeout   time.Duration // 0 for none
 	Drain     time.Duration // for output after its end; 0 is 2 s
 	MaxOutput int64         // bytes for each of stdout and stderr; 0 for none at all
+
+	// Stream runs the process on descriptors that came along: its stdin,
+	// stdout and stderr. The three fields above must be zero; the answer comes
+	// when the process has ended, whoever holds its output open.
+	Stream bool
+	// Console, with Stream, is the socket on which the runtime passes the pty
+	// of a process that has a terminal. Then no descriptors come along.
+	Console string
 }
 
 // ExecOutput is a piece of what an exec wrote.
@@ -340,6 +348,8 @@ func (e Exec) Append(b *Builder, call uint32) error {
 	b.Int(1, int64(e.Timeout))
 	b.Int(2, int64(e.Drain))
 	b.Int(3, e.MaxOutput)
+	b.Bool(4, e.Stream)
+	b.String(5, e.Console)
 	return b.End()
 }
 
@@ -352,6 +362,10 @@ func (e *Exec) Decode(f Fields) error {
 			return setDuration(&e.Drain, p)
 		case 3:
 			return setInt64(&e.MaxOutput, p)
+		case 4:
+			return setBool(&e.Stream, p)
+		case 5:
+			return setString(&e.Console, p)
 		}
 		return nil
 	})

@@ -52,8 +52,17 @@ const (
 //	                        <----  OK call=8
 //	                        <----  ExecOutput call=7 (any number)
 //	                        <----  ExecResult call=7
+//	Exec{stream} call=9 +fds --->
+//	                        <----  Started call=9
+//	                        <----  ExecResult call=9
+//	Attach call=10 +fds     ---->
+//	                        <----  Started call=10
+//	                        <----  OK call=10 (the container's output has ended)
 //	                        <----  Exit call=0 (once, when the container ends,
 //	                               or at once when it already has)
+//
+// Descriptors (SCM_RIGHTS) come with the first byte of the write that has the
+// frame that is about them, or before it, and are taken in their order.
 const (
 	HeaderLen = 10
 	MaxFrame  = 64 << 10 // bytes after the length word
@@ -72,7 +81,9 @@ const (
 	TypeState     uint16 = 8
 	TypeShutdown  uint16 = 9
 	TypeStdin     uint16 = 10
-	TypeCancel    uint16 = 11 // ends the exec of the same call; no answer of its own
+	TypeCancel    uint16 = 11 // ends the exec, attach or stdin of the same call; no answer of its own
+	TypeAttach    uint16 = 12
+	TypeResize    uint16 = 13
 
 	TypeOK         uint16 = 128
 	TypeError      uint16 = 129
@@ -80,6 +91,7 @@ const (
 	TypeStateIs    uint16 = 131
 	TypeExecOutput uint16 = 132
 	TypeExecResult uint16 = 133
+	TypeStarted    uint16 = 134 // of a streaming exec or an attach; the answer follows at its end
 
 	TypeExit uint16 = 192
 )
@@ -96,6 +108,7 @@ const (
 	CodeTimeout     Code = 5 // a step took longer than it may
 	CodeBusy        Code = 6 // too many of these at once
 	CodeUnsupported Code = 7 // this shim does not know the request
+	CodeSlow        Code = 8 // an attach was ended because its pipe stayed full
 )
 
 // Errors of decoding.
