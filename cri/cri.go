@@ -1,7 +1,7 @@
 // Package cri is the gRPC edge of berth: RuntimeService and ImageService of
 // the Kubernetes container runtime interface, version v1.
 //
-// It knows five things and keeps no state of its own about pods, containers
+// It knows six things and keeps no state of its own about pods, containers
 // or images:
 //
 //   - a handler checks a request (validate.go), calls one method of a service
@@ -14,6 +14,8 @@
 //   - limits: no message exceeds MaxMessage, no call waits for another
 //     client, and what a call asks for is bounded before it goes further in.
 //   - a [Server] serves listeners until its context ends.
+//   - a session (session.go) is one connection of Exec, Attach or PortForward,
+//     on a listener of its own, for a URL that was given out once.
 //
 // An RPC that berth does not have yet is answered Unimplemented by gRPC
 // itself. Stop and Remove of what does not exist succeed, as the interface
@@ -100,6 +102,7 @@ type Deps struct {
 	Containers Containers
 	Observer   Observer
 	Exec       Execer
+	Streams    Streams
 	Node       Node
 	Network    Network
 	Images     Images
@@ -111,7 +114,8 @@ type Config struct {
 	Version string
 	// Info adds diagnostic values to a verbose Status, by key; each function
 	// returns something that encoding/json can write and answers from memory.
-	Info map[string]func() any
+	Info   map[string]func() any
+	Stream StreamConfig
 	// StopTimeout is how long calls under way may go on when Serve is told to
 	// stop; 0 is 5 s.
 	StopTimeout time.Duration
@@ -123,6 +127,7 @@ type Server struct {
 	deps    Deps
 	grpc    *grpc.Server
 	metrics *metrics
+	streams *streamServer
 	// podCIDR is what the kubelet last told; CNI configurations bring their
 	// own ranges, so it is only shown.
 	podCIDR atomic.Pointer[string]
@@ -133,13 +138,14 @@ type Server struct {
 // The logger of ctx is the parent of the logger of every call.
 func New(ctx context.Context, cfg Config, deps Deps) (*Server, error) {
 	if deps.Pods == nil || deps.Containers == nil || deps.Observer == nil || deps.Exec == nil ||
-		deps.Node == nil || deps.Network == nil || deps.Images == nil {
+		deps.Streams == nil || deps.Node == nil || deps.Network == nil || deps.Images == nil {
 		return nil, errors.New("cri server: a service behind it is missing")
 	}
 	if cfg.StopTimeout == 0 {
 		cfg.StopTimeout = 5 * time.Second
 	}
 	s := &Server{cfg: cfg, deps: deps, metrics: newMetrics()}
+	s.streams = newStreamServer(s, cfg.Stream)
 	s.grpc = grpc.NewServer(s.options(ctx)...)
 	runtime.RegisterRuntimeServiceServer(s.grpc, &runtimeService{Server: s})
 	runtime.RegisterImageServiceServer(s.grpc, &imageService{Server: s})

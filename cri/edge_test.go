@@ -38,7 +38,7 @@ var implemented = []string{
 	"Version", "Status", "RuntimeConfig", "UpdateRuntimeConfig",
 	"RunPodSandbox", "StopPodSandbox", "RemovePodSandbox", "PodSandboxStatus", "ListPodSandbox",
 	"CreateContainer", "StartContainer", "StopContainer", "RemoveContainer", "ContainerStatus", "ListContainers",
-	"ExecSync", "ReopenContainerLog", "UpdateContainerResources", "ContainerStats", "ListContainerStats",
+	"Exec", "Attach", "PortForward", "ExecSync", "ReopenContainerLog", "UpdateContainerResources", "ContainerStats", "ListContainerStats",
 	"PullImage", "ImageStatus", "ListImages", "RemoveImage", "ImageFsInfo",
 }
 

@@ -35,6 +35,8 @@ type node struct {
 	runtimeReady error
 	networkReady error
 	driver       string
+	podState     runtime.PodSandboxState
+	hung         chan error // gets why the fake's command "hang" ended
 }
 
 func newNode() *node {
@@ -43,6 +45,7 @@ func newNode() *node {
 		containers: map[string]*runtime.ContainerConfig{},
 		images:     map[string]imageservice.Image{},
 		driver:     "cgroupfs",
+		hung:       make(chan error, 16),
 	}
 }
 
@@ -89,7 +92,7 @@ func (n *node) PodStatus(_ context.Context, id string, _ bool) (*runtime.PodSand
 	if err := n.havePodLocked(id); err != nil {
 		return nil, err
 	}
-	return &runtime.PodSandboxStatusResponse{Status: &runtime.PodSandboxStatus{Id: id, Metadata: n.pods[id].GetMetadata()}}, nil
+	return &runtime.PodSandboxStatusResponse{Status: &runtime.PodSandboxStatus{Id: id, Metadata: n.pods[id].GetMetadata(), State: n.podState}}, nil
 }
 
 func (n *node) ListPods(*runtime.PodSandboxFilter) []*runtime.PodSandbox {
@@ -250,7 +253,7 @@ func mustEdge(t *testing.T, n *node) *edge {
 		Version:     "1.2.3",
 		Info:        map[string]func() any{"cni": func() any { return []string{"berth"} }},
 		StopTimeout: 100 * time.Millisecond,
-	}, Deps{Pods: n, Containers: n, Observer: n, Exec: n, Node: n, Network: n, Images: n})
+	}, Deps{Pods: n, Containers: n, Observer: n, Exec: n, Streams: n, Node: n, Network: n, Images: n})
 	if err != nil {
 		t.Fatal(err)
 	}

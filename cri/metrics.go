@@ -17,6 +17,7 @@ type metrics struct {
 	duration *prometheus.HistogramVec
 	inFlight *prometheus.GaugeVec
 	panics   *prometheus.CounterVec
+	sessions *prometheus.GaugeVec
 }
 
 func newMetrics() *metrics {
@@ -37,7 +38,11 @@ func newMetrics() *metrics {
 			Help: "CRI requests that ended in a panic, answered as Internal.",
 		}, []string{"method"}),
 	}
-	m.registry.MustRegister(m.duration, m.inFlight, m.panics,
+	m.sessions = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "berth_stream_sessions",
+		Help: "Open sessions of Exec, Attach and PortForward.",
+	}, []string{"kind"})
+	m.registry.MustRegister(m.duration, m.inFlight, m.panics, m.sessions,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

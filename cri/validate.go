@@ -77,13 +77,17 @@ func checkExecSync(r *runtime.ExecSyncRequest) (time.Duration, error) {
 	if err := checkID("container_id", r.GetContainerId()); err != nil {
 		return 0, err
 	}
-	if len(r.GetCmd()) == 0 {
-		return 0, invalid("cmd", "required")
-	}
-	if err := checkArgs("cmd", r.GetCmd()); err != nil {
+	if err := checkCommand(r.GetCmd()); err != nil {
 		return 0, err
 	}
 	return seconds("timeout", r.GetTimeout())
+}
+
+func checkCommand(cmd []string) error {
+	if len(cmd) == 0 {
+		return invalid("cmd", "required")
+	}
+	return checkArgs("cmd", cmd)
 }
 
 // checkPodConfig checks what RunPodSandbox is given, and CreateContainer

@@ -41,6 +41,7 @@ func (s *Service) teardown(ctx context.Context, o *op, id string) error {
 	if p.Torn {
 		return nil
 	}
+	s.forwards.cut(id)
 	err = o.allSteps(ctx, []step{
 		{"containers", func(ctx context.Context) error { return s.killContainers(ctx, id) }},
 		{"init", func(ctx context.Context) error { return s.destroyInit(ctx, p) }},

@@ -30,7 +30,7 @@ func (s *Service) ExecSync(ctx context.Context, id string, cmd []string, timeout
 	if len(cmd) == 0 {
 		return nil, fmt.Errorf("%w: cmd: must not be empty", ErrInvalid)
 	}
-	process, err := s.execProcess(c, cmd)
+	process, err := s.execProcess(c, cmd, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -66,13 +66,17 @@ func (s *Service) running(id string) (*container, error) {
 }
 
 // execProcess is the OCI process of a command: the container's own, with another
-// command line. User, groups, capabilities and limits stay.
-func (s *Service) execProcess(c *container, cmd []string) ([]byte, error) {
+// command line and, if tty is not nil, with a terminal of that size, which may be
+// unknown. User, groups, capabilities and limits stay.
+func (s *Service) execProcess(c *container, cmd []string, tty *TermSize) ([]byte, error) {
 	sp, err := s.readSpec(c.ID)
 	if err != nil {
 		return nil, err
 	}
-	p := spec.Process(sp.Process, cmd, false)
+	p := spec.Process(sp.Process, cmd, tty != nil)
+	if tty != nil && tty.Width > 0 && tty.Height > 0 {
+		p.ConsoleSize = &specs.Box{Width: uint(tty.Width), Height: uint(tty.Height)}
+	}
 	out, err := json.Marshal(p)
 	if err != nil {
 		return nil, fmt.Errorf("container %s: exec: %w", c.ID, err)

@@ -28,6 +28,7 @@ type Service struct {
 	oomFloor int
 	initDir  string // root file system of the pods' init containers
 	stats    *statsCache
+	forwards *forwards
 
 	// attaching is held for reading while a pod is attached to its networks,
 	// and for writing while the network is swept.
@@ -56,7 +57,7 @@ func New(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 		return nil, fmt.Errorf("sandbox: %w", err)
 	}
 	s := &Service{cfg: cfg, deps: deps, book: newBook(deps.Store), ops: newOps(), live: newLive(),
-		runtimes: map[string]*ociRuntime{}, stats: newStatsCache(), wake: make(chan struct{}, 1)}
+		runtimes: map[string]*ociRuntime{}, stats: newStatsCache(), forwards: newForwards(), wake: make(chan struct{}, 1)}
 	if err := s.prepare(); err != nil {
 		return nil, fmt.Errorf("sandbox: %w", err)
 	}
@@ -71,8 +72,11 @@ func New(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 
 // prepare makes the directories and looks at the machine.
 func (s *Service) prepare() error {
+	if err := os.RemoveAll(s.consoleDir()); err != nil { // of a daemon that was killed
+		return err
+	}
 	for _, d := range []string{
-		filepath.Join(s.cfg.StateDir, "containers"), s.cfg.RunDir,
+		filepath.Join(s.cfg.StateDir, "containers"), s.cfg.RunDir, s.consoleDir(),
 		filepath.Join(s.cfg.RunDir, "pods"), filepath.Join(s.cfg.RunDir, "c"), filepath.Join(s.cfg.RunDir, "s"),
 	} {
 		if err := os.MkdirAll(d, 0o700); err != nil {

@@ -31,6 +31,10 @@ type config struct {
 	UnprivilegedPorts            bool
 	UnprivilegedICMP             bool
 
+	StreamListen                             string
+	StreamIdleTimeout, StreamCreationTimeout time.Duration
+	StreamCertFile, StreamKeyFile            string
+
 	CNIConfDir        string
 	CNIBinDirs        []string
 	CNIFallbackSubnet string
@@ -100,6 +104,17 @@ func (c *config) fields() []*field {
 			"Let every process of a pod listen below port 1024."),
 		boolean(&c.UnprivilegedICMP, "enable_unprivileged_icmp", true,
 			"Let every process of a pod send pings."),
+
+		text(&c.StreamListen, "stream_listen", "127.0.0.1:0", checkStreamListen,
+			`Where sessions of exec, attach and port-forward are served: IP address and port, 0 for any port. The kubelet connects to it, from this node. "" means that there are none.`),
+		duration(&c.StreamIdleTimeout, "stream_idle_timeout", 4*time.Hour, time.Second, 30*24*time.Hour,
+			"How long a session may go on in which nothing is sent either way."),
+		duration(&c.StreamCreationTimeout, "stream_creation_timeout", 30*time.Second, time.Second, 10*time.Minute,
+			"How long a client may take to open the streams of its session."),
+		path(&c.StreamCertFile, "stream_cert_file", "",
+			`Certificate chain (PEM) with which sessions are served over TLS. "" means without. A reload reads the file again.`).optional(),
+		path(&c.StreamKeyFile, "stream_key_file", "",
+			`Key (PEM) of stream_cert_file.`).optional(),
 
 		path(&c.CNIConfDir, "cni_conf_dir", "/etc/cni/net.d",
 			"Directory of CNI configurations. It is watched, and need not exist yet."),
@@ -179,6 +194,9 @@ func (c *config) finish() error {
 	}
 	if c.StateDir == c.RunDir {
 		return c.wrong("run_dir", "%q is state_dir as well", c.RunDir)
+	}
+	if err := c.checkStreams(); err != nil {
+		return err
 	}
 	if c.Socket == "" {
 		c.Socket = filepath.Join(c.RunDir, "berth.sock")

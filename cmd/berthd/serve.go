@@ -32,11 +32,16 @@ func (d *daemon) serve(ctx context.Context, edge *cri.Server, files []*os.File) 
 	if metrics != nil {
 		defer background(ctx, "metrics", func(ctx context.Context) error { return serveHTTP(ctx, metrics, edge.MetricsHandler()) })()
 	}
+	stopStreams, err := d.serveStreams(ctx, edge)
+	if err != nil {
+		return errors.Join(err, l.Close())
+	}
+	defer stopStreams()
 	if every := watchdogInterval(); every > 0 {
 		defer background(ctx, "watchdog", func(ctx context.Context) error { return d.watchdog(ctx, every, edge.Alive) })()
 	}
 	d.manager.ready(d.serving())
-	klog.FromContext(ctx).Info("Serving", "socket", d.config.Socket, "metrics", d.config.MetricsListen)
+	klog.FromContext(ctx).Info("Serving", "socket", d.config.Socket, "metrics", d.config.MetricsListen, "streams", edge.StreamURL())
 	return edge.Serve(ctx, l)
 }
 

@@ -68,6 +68,7 @@ func (c *config) network() cni.Config {
 func (d *daemon) edge(network *cni.Network) cri.Config {
 	return cri.Config{
 		Version: version(),
+		Stream:  cri.StreamConfig{IdleTimeout: d.config.StreamIdleTimeout, CreationTimeout: d.config.StreamCreationTimeout},
 		Info: map[string]func() any{
 			"cni":    func() any { return network.Info() },
 			"config": d.show,

@@ -1,0 +1,80 @@
+package cri
+
+import (
+	"bufio"
+	"bytes"
+	"io"
+	"net"
+	"net/http"
+	"time"
+)
+
+// hijacker is a ResponseWriter whose connection, once it is taken over, belongs
+// to a session.
+type hijacker struct {
+	http.ResponseWriter
+	x *session
+}
+
+// Hijack gives out a connection that tells the session of its end.
+func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	early, err := rw.Reader.Peek(rw.Reader.Buffered())
+	if err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	h.x.last.Store(time.Now().UnixNano())
+	c := &sessionConn{Conn: conn, x: h.x, from: conn}
+	if len(early) > 0 {
+		c.from = io.MultiReader(bytes.NewReader(bytes.Clone(early)), conn)
+	}
+	h.x.mu.Lock()
+	h.x.conn = conn
+	closed := h.x.closed
+	h.x.mu.Unlock()
+	if closed {
+		conn.Close()
+	}
+	return c, bufio.NewReadWriter(bufio.NewReaderSize(c, 32<<10), bufio.NewWriter(c)), nil
+}
+
+// sessionConn is the connection of a session. When it fails, the session ends.
+type sessionConn struct {
+	net.Conn
+	x    *session
+	from io.Reader
+}
+
+func (c *sessionConn) Read(p []byte) (int, error) {
+	n, err := c.from.Read(p)
+	if err != nil && c.x.ended() {
+		err = io.EOF // by this side, which is no error to be logged
+	}
+	c.done(n, err)
+	return n, err
+}
+
+func (c *sessionConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	c.done(n, err)
+	return n, err
+}
+
+func (c *sessionConn) done(n int, err error) {
+	if n > 0 {
+		c.x.last.Store(time.Now().UnixNano())
+	}
+	if err != nil {
+		c.x.close()
+	}
+}
+
+// Close ends the session.
+func (c *sessionConn) Close() error {
+	c.x.close()
+	return nil
+}
