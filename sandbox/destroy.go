@@ -230,6 +230,9 @@ func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error 
 	s.live.drop(id)
 	s.stats.drop(id)
 	s.freeImage(ctx, c.ImageID)
+	if s.deps.Store.Rebuilt() {
+		s.kick() // it may have been the last one that forgetRebuild waits for
+	}
 	return nil
 }
 
