@@ -47,6 +47,7 @@ var fences = map[string][]string{
 	"google.golang.org/grpc":             {"cri", "cmd/berthd"}, // no codes below the edge: errors are errors
 	"k8s.io/cri-api":                     {"cri", "sandbox", "sandbox/spec"},
 	"k8s.io/cri-streaming":               {"cri"},
+	"k8s.io/streaming":                   {"cri"},
 	"github.com/prometheus":              {"cri", "cmd/berthd"},
 	"github.com/BurntSushi/toml":         {"cmd/berthd"},
 }
