@@ -298,14 +298,19 @@ func TestAttachSlowReader(t *testing.T) {
 	ctx := ctxFor(t, time.Minute)
 	slow := c.attach(ctx, shim.AttachRequest{}, true, true)
 	good := c.attach(ctx, shim.AttachRequest{}, true, false)
-	mustT(t, c.c.WriteStdin(ctx, []byte("\n"), false))
 	var want strings.Builder
 	for i := 1; i <= 300000; i++ {
 		fmt.Fprintln(&want, i)
 	}
 	got := make([]byte, want.Len())
 	began := time.Now()
-	if _, err := io.ReadFull(good.out, got); err != nil || string(got) != want.String() {
+	read := make(chan error, 1)
+	go func() { // it reads from the start, or it would be slow as well
+		_, err := io.ReadFull(good.out, got)
+		read <- err
+	}()
+	mustT(t, c.c.WriteStdin(ctx, []byte("\n"), false))
+	if err := <-read; err != nil || string(got) != want.String() {
 		t.Errorf("other client: %v", err)
 	}
 	if d := time.Since(began); d > 10*time.Second {
