@@ -3,6 +3,7 @@ package shim_test
 import (
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -152,8 +153,11 @@ func TestNoDescriptorLeaks(t *testing.T) {
 	}
 }
 
-// What the shim does to its own process is not passed on.
+// What the shim does to its own process, and how berthd was started, is not
+// passed on.
 func TestContainerInheritsNothing(t *testing.T) {
+	signal.Ignore(unix.SIGHUP, unix.SIGTSTP, unix.SIGUSR2)
+	defer signal.Reset(unix.SIGHUP, unix.SIGTSTP, unix.SIGUSR2)
 	c := newContainer(t, "/bin/sh", "-c", "umask; busybox grep -E 'SigBlk|SigIgn' /proc/self/status; cat /proc/self/oom_score_adj; busybox env")
 	adj := 50
 	c.l.OOMScoreAdj = &adj

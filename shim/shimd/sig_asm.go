@@ -48,12 +48,38 @@ const (
 // ignored: what is ignored stays so across execve, in the container too.
 func watchSignals(fd int) error {
 	wakeFD = int32(fd)
+	if err := unignore(); err != nil {
+		return err
+	}
 	if err := handle(unix.SIGCHLD, onChildPC()); err != nil {
 		return err
 	}
 	for _, sig := range harmless {
 		if err := handle(sig, onIgnoredPC()); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// The values of sigaction.handler that are no functions (signal(7)).
+const (
+	sigDfl = 0
+	sigIgn = 1
+)
+
+// unignore gives signals that berthd was started with as ignored (nohup, some
+// service managers) their default again, or every container would ignore them.
+func unignore() error {
+	for sig := uintptr(1); sig <= 64; sig++ {
+		var sa sigaction
+		_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, 0, uintptr(unsafe.Pointer(&sa)), 8, 0, 0)
+		if errno != 0 || sa.handler != sigIgn {
+			continue
+		}
+		sa = sigaction{handler: sigDfl}
+		if _, _, errno = unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, uintptr(unsafe.Pointer(&sa)), 0, 8, 0, 0); errno != 0 {
+			return errno
 		}
 	}
 	return nil
