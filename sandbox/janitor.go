@@ -7,10 +7,10 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/cni"
-	"github.com/berthd/berth/sandbox/cgroup"
 	"github.com/berthd/berth/shim"
 	"github.com/berthd/berth/snapshotter"
 )
@@ -167,6 +167,7 @@ func (s *Service) sweep(ctx context.Context) error {
 	for _, id := range names(filepath.Join(s.cfg.RunDir, "pods")) {
 		gone("pod files", id, func() error { return s.removePodFiles(id) })
 	}
+	s.sweepCgroups(known)
 	return errors.Join(errs...)
 }
 
@@ -210,17 +211,19 @@ func (s *Service) sweepNetwork(ctx context.Context, gone func(kind, id string, u
 	for _, id := range pins {
 		gone("namespaces", id, func() error { return s.deps.Pins.Destroy(id) })
 	}
-	return errors.Join(err, gc, e, s.sweepCgroups(gone))
+	return errors.Join(err, gc, e)
 }
 
-// sweepCgroups looks below berth's own parent, where nobody else makes any.
-func (s *Service) sweepCgroups(gone func(kind, id string, undo func() error)) error {
+// sweepCgroups removes empty groups below berth's own parent. What is not empty
+// is not touched: another berthd, with another state directory, may own it.
+func (s *Service) sweepCgroups(known func(id string) bool) {
 	for _, dir := range s.hier.Parent(s.cfg.CgroupDriver, "").Dirs() {
 		for _, id := range names(dir) {
-			gone("cgroup", id, func() error { return cgroup.RemoveEmpty(filepath.Join(dir, id)) })
+			if validID(id) && !known(id) {
+				unix.Rmdir(filepath.Join(dir, id)) // busy: not ours
+			}
 		}
 	}
-	return nil
 }
 
 func names(dir string) []string {
