@@ -12,31 +12,63 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// orphanGrace is how long killed orphans are waited for. One that is stuck in
-// the kernel longer does not hold up the start.
-const orphanGrace = 2 * time.Second
+const (
+	// orphanPatience is how long orphans may go on by themselves.
+	orphanPatience = time.Second
+	// orphanGrace is how long killed orphans are waited for. One that is stuck
+	// in the kernel longer does not hold up the start.
+	orphanGrace = 2 * time.Second
+)
 
 // killOrphans ends the plugins of an earlier daemon on the same cache directory.
 // That daemon was killed in the middle of a verb; the plugin, in its own process
 // group, works on and could give an address to a pod whose DEL is under way.
 //
+// They get a moment to finish first, for plugins are not made to be killed: the
+// bridge plugin, for one, learns from the pod's interface which rules to remove,
+// and removes the interface before the rules, so that no later DEL would find
+// what a killed one has left.
+//
 // Whoever started a session of its own (a plugin's daemon) is left alone.
 func killOrphans(mark string) (killed int) {
-	procs, err := os.ReadDir("/proc")
-	if err != nil {
+	fds := orphans(mark)
+	if len(fds) == 0 {
 		return 0
 	}
-	var fds []int
+	awaitEnd(fds, orphanPatience)
+	fds = orphans(mark)
+	for _, fd := range fds {
+		if unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil {
+			killed++
+		}
+	}
+	awaitEnd(fds, orphanGrace)
+	return killed
+}
+
+// orphans finds the plugins of that mark, and what they have started, as pidfds,
+// which awaitEnd closes.
+func orphans(mark string) (fds []int) {
+	procs, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil
+	}
 	for _, p := range procs {
 		pid, err := strconv.Atoi(p.Name())
 		if err != nil || pid == os.Getpid() {
 			continue
 		}
-		if fd, ok := killIfMarked(pid, mark); ok {
+		if fd, ok := openIfMarked(pid, mark); ok {
 			fds = append(fds, fd)
 		}
 	}
-	deadline := time.Now().Add(orphanGrace)
+	return fds
+}
+
+// awaitEnd waits until all the processes have ended, at most for that long
+// altogether, and closes the pidfds.
+func awaitEnd(fds []int, limit time.Duration) {
+	deadline := time.Now().Add(limit)
 	for _, fd := range fds {
 		for {
 			left := time.Until(deadline)
@@ -51,12 +83,11 @@ func killOrphans(mark string) (killed int) {
 		}
 		unix.Close(fd)
 	}
-	return len(fds)
 }
 
-// killIfMarked kills the process if it is a plugin of that mark. The pidfd comes
-// first, so that what was looked at is what is killed. The caller closes it.
-func killIfMarked(pid int, mark string) (fd int, ok bool) {
+// openIfMarked opens the process if it is a plugin of that mark. The pidfd comes
+// first, so that what was looked at is what is killed.
+func openIfMarked(pid int, mark string) (fd int, ok bool) {
 	env, err := readBounded(fmt.Sprintf("/proc/%d/environ", pid), maxOutput)
 	if err != nil || !marked(env, mark) {
 		return -1, false
@@ -66,7 +97,7 @@ func killIfMarked(pid int, mark string) (fd int, ok bool) {
 		return -1, false
 	}
 	env, err = readBounded(fmt.Sprintf("/proc/%d/environ", pid), maxOutput)
-	if err == nil && marked(env, mark) && !leadsSession(pid) && unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil {
+	if err == nil && marked(env, mark) && !leadsSession(pid) {
 		return fd, true
 	}
 	unix.Close(fd)

@@ -392,7 +392,7 @@ func (s *Service) startContainer(ctx context.Context, o *op, id string) error {
 			if err != nil {
 				return err
 			}
-			return client.Start(ctx)
+			return startOnce(ctx, client)
 		}},
 		{"running", func(context.Context) error { return s.markRunning(id) }},
 	})
@@ -402,6 +402,20 @@ func (s *Service) startContainer(ctx context.Context, o *op, id string) error {
 	}
 	log.V(2).Info("Container running", "pid", c.Pid)
 	return nil
+}
+
+// startOnce starts the container unless it has been: a daemon that was killed
+// while the runtime started it has left the rest of the way to its successor.
+func startOnce(ctx context.Context, client *shim.Client) error {
+	err := client.Start(ctx)
+	if !errors.Is(err, shim.ErrState) {
+		return err
+	}
+	st, e := client.State(ctx)
+	if e == nil && (st.Status == shim.StatusRunning || st.Status == shim.StatusExited) {
+		return nil
+	}
+	return err
 }
 
 // markRunning records the start. A process that has ended already, and whose exit
