@@ -31,6 +31,46 @@ func (n *Node) Close() error {
 	return errors.Join(append(errs, os.RemoveAll(n.RunDir), os.RemoveAll(n.Dir))...)
 }
 
+// Reboot does to the node what a power cut does: berthd, shims and containers
+// die, namespaces, mounts, cgroups, the run directory and the rules of iptables are
+// gone. Then it starts berthd with another boot ID.
+func (n *Node) Reboot(ctx context.Context, bootID string) error {
+	if err := errors.Join(n.Kill(), n.killProcesses(), n.killParent(), n.unmount(), n.dropRules(ctx), os.RemoveAll(n.RunDir)); err != nil {
+		return err
+	}
+	n.opts.Env = append(n.opts.Env, "BERTH_TEST_BOOT_ID="+bootID)
+	return n.Start(ctx)
+}
+
+// dropRules removes the rules of the node's network from iptables, and the
+// chains that they leave empty.
+func (n *Node) dropRules(ctx context.Context) error {
+	out, err := exec.CommandContext(ctx, "iptables-save", "-t", "nat").Output()
+	if err != nil {
+		return fmt.Errorf("iptables-save: %w", err)
+	}
+	chains := map[string]bool{}
+	for line := range strings.Lines(string(out)) {
+		rule, ok := strings.CutPrefix(strings.TrimSpace(line), "-A ")
+		if !ok || !strings.Contains(rule, `name: \"`+n.Name+`\"`) {
+			continue
+		}
+		// iptables-save quotes as a shell does.
+		if out, err := exec.CommandContext(ctx, "sh", "-c", "iptables -w -t nat -D "+rule).CombinedOutput(); err != nil {
+			return fmt.Errorf("iptables -D %s: %w: %s", rule, err, out)
+		}
+		if chain, _, _ := strings.Cut(rule, " "); strings.HasPrefix(chain, "CNI-") {
+			chains[chain] = true
+		}
+	}
+	for c := range chains {
+		if out, err := exec.CommandContext(ctx, "iptables", "-w", "-t", "nat", "-X", c).CombinedOutput(); err != nil {
+			return fmt.Errorf("iptables -X %s: %w: %s", c, err, out)
+		}
+	}
+	return nil
+}
+
 // killProcesses kills what still runs for this node, and waits for the end.
 func (n *Node) killProcesses() error {
 	for range 100 {

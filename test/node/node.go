@@ -319,6 +319,17 @@ func (n *Node) Signal(sig os.Signal) error {
 	return nil
 }
 
+// Second runs another berthd with the node's configuration to its end, which
+// is to come soon, and returns what it wrote.
+func (n *Node) Second(ctx context.Context) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, filepath.Join(n.opts.Bin, "berthd"), "--config", n.Config)
+	cmd.Env = append(os.Environ(), n.opts.Env...)
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
 // Restart kills berthd with SIGKILL and starts it again.
 func (n *Node) Restart(ctx context.Context) error {
 	if err := n.Kill(); err != nil {
@@ -326,9 +337,6 @@ func (n *Node) Restart(ctx context.Context) error {
 	}
 	return n.Start(ctx)
 }
-
-// SetEnv replaces the additional environment for the next Start.
-func (n *Node) SetEnv(env ...string) { n.opts.Env = env }
 
 // Client returns the node's client. It outlives restarts of berthd.
 func (n *Node) Client() (*Client, error) {
