@@ -404,18 +404,30 @@ func (s *Service) startContainer(ctx context.Context, o *op, id string) error {
 	return nil
 }
 
+// startPoll is how often a start that an earlier daemon began is looked at.
+const startPoll = 10 * time.Millisecond
+
 // startOnce starts the container unless it has been: a daemon that was killed
 // while the runtime started it has left the rest of the way to its successor.
 func startOnce(ctx context.Context, client *shim.Client) error {
-	err := client.Start(ctx)
-	if !errors.Is(err, shim.ErrState) {
-		return err
+	for {
+		err := client.Start(ctx)
+		if !errors.Is(err, shim.ErrState) {
+			return err
+		}
+		st, e := client.State(ctx)
+		if e != nil {
+			return errors.Join(err, e)
+		}
+		if st.Status != shim.StatusCreated {
+			return nil // it runs, or ran
+		}
+		select { // the runtime is at it
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", err, ctx.Err())
+		case <-time.After(startPoll):
+		}
 	}
-	st, e := client.State(ctx)
-	if e == nil && (st.Status == shim.StatusRunning || st.Status == shim.StatusExited) {
-		return nil
-	}
-	return err
 }
 
 // markRunning records the start. A process that has ended already, and whose exit

@@ -121,10 +121,8 @@ func (s *Service) forgetRebuild() {
 			klog.FromContext(s.ctx).Error(err, "Mark of the rebuilt book not removed")
 			return
 		}
-		if c, ok := s.deps.Snapshots.(snapshotter.Cleaner); ok {
-			if err := c.Cleanup(s.ctx); err != nil {
-				klog.FromContext(s.ctx).Error(err, "Snapshots not swept")
-			}
+		if err := s.cleanSnapshots(s.ctx); err != nil {
+			klog.FromContext(s.ctx).Error(err, "Snapshots not swept")
 		}
 	}
 }
@@ -185,7 +183,15 @@ func (s *Service) sweepSnapshots(ctx context.Context, gone func(kind, id string,
 	for _, k := range keys {
 		gone("snapshot", k, func() error { return s.deps.Snapshots.Remove(ctx, k) })
 	}
-	return err
+	return errors.Join(err, s.cleanSnapshots(ctx))
+}
+
+// cleanSnapshots removes directories that belong to no snapshot.
+func (s *Service) cleanSnapshots(ctx context.Context) error {
+	if c, ok := s.deps.Snapshots.(snapshotter.Cleaner); ok {
+		return c.Cleanup(ctx)
+	}
+	return nil
 }
 
 // sweepNetwork detaches what the network plugins hold for pods that are not in
