@@ -59,7 +59,8 @@ const (
 )
 
 // streamServer is the HTTP server for the URLs of Exec, Attach and PortForward.
-// Protocols are those of k8s.io/cri-streaming, and v5.channel.k8s.io (ws5.go).
+// Protocols are those of k8s.io/cri-streaming, v5.channel.k8s.io (ws5.go), and
+// SPDY through a WebSocket for PortForward (tunnel.go).
 //
 // What it adds to that is the end of sessions: the context of one ends as soon
 // as its client is gone, which the library does not see while nothing is to be
@@ -255,7 +256,14 @@ func (t *streamServer) run(w http.ResponseWriter, r *http.Request, x *session, r
 		remotecommand.ServeAttach(w, r, p, "", "", req.GetContainerId(), options(req), idle, creation, remotecommand.SupportedStreamingProtocols)
 	case *runtime.PortForwardRequest:
 		f := &forwarder{t.s.deps.Streams, r.Context()}
-		portforward.ServePortForward(w, r, f, req.GetPodSandboxId(), "", &portforward.V4Options{Ports: req.GetPort()}, idle, creation, portforward.SupportedProtocols)
+		serve := func(w http.ResponseWriter, r *http.Request) {
+			portforward.ServePortForward(w, r, f, req.GetPodSandboxId(), "", &portforward.V4Options{Ports: req.GetPort()}, idle, creation, portforward.SupportedProtocols)
+		}
+		if isTunnel(r) {
+			serveTunnel(w, r, serve)
+			return
+		}
+		serve(w, r)
 	}
 }
 

@@ -349,28 +349,30 @@ func TestStreamAttachAndForward(t *testing.T) {
 		}
 		s.Close()
 	}
-	f, err := stream.DialForward(t.Context(), e.forwardURL(t, pod))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	for range 3 {
-		data, _, err := f.Open(8080)
+	for _, dial := range []func(context.Context, string) (*stream.Forward, error){stream.DialForward, stream.DialTunnel} {
+		f, err := dial(t.Context(), e.forwardURL(t, pod))
 		if err != nil {
 			t.Fatal(err)
 		}
-		io.WriteString(data, "ping")
-		got, err := io.ReadAll(data)
-		if err != nil || string(got) != "ping from 8080" {
-			t.Errorf("got %q, %v", got, err)
+		defer f.Close()
+		for range 3 {
+			data, _, err := f.Open(8080)
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(data, "ping")
+			got, err := io.ReadAll(data)
+			if err != nil || string(got) != "ping from 8080" {
+				t.Errorf("got %q, %v", got, err)
+			}
 		}
-	}
-	_, fault, err := f.Open(1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if text, _ := io.ReadAll(fault); !strings.Contains(string(text), "connection refused") {
-		t.Errorf("error stream %q", text)
+		_, fault, err := f.Open(1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if text, _ := io.ReadAll(fault); !strings.Contains(string(text), "connection refused") {
+			t.Errorf("error stream %q", text)
+		}
 	}
 	data, _, err := stream.DialPort(t.Context(), e.forwardURL(t, pod, 81))
 	if err != nil {

@@ -146,18 +146,33 @@ func TestExecStreamFails(t *testing.T) {
 // A process whose caller has gone is killed with what it started.
 func TestExecStreamAbandoned(t *testing.T) {
 	c := newContainer(t, "/bin/sleep", "1000").run()
+	command := []string{"sh", "-c", "trap '' HUP PIPE; sleep 300 & sleep 301; sleep 302"}
+	gone := func() {
+		t.Helper()
+		waitFor(t, "the exec's end", func() bool {
+			r, err := c.exec(shim0, "ps", "-o", "args")
+			mustT(t, err)
+			return !strings.Contains(string(r.Stdout), "sleep 30")
+		})
+	}
 	ctx, cancel := context.WithCancel(context.Background())
-	s := c.stream(ctx, "sh", "-c", "trap '' HUP PIPE; sleep 300 & sleep 301; sleep 302")
+	s := c.stream(ctx, command...)
 	<-s.started
 	cancel()
 	if end := <-s.done; !errors.Is(end.err, context.Canceled) {
 		t.Errorf("got %+v", end)
 	}
-	waitFor(t, "the exec's end", func() bool {
-		r, err := c.exec(shim0, "ps", "-o", "args")
-		mustT(t, err)
-		return !strings.Contains(string(r.Stdout), "sleep 30")
-	})
+	gone()
+	s = c.stream(context.Background(), command...)
+	<-s.started
+	c.c.Close() // or died
+	if end := <-s.done; !errors.Is(end.err, shim.ErrGone) {
+		t.Errorf("got %+v", end)
+	}
+	var err error
+	c.c, err = shim.Connect(ctxFor(t, time.Minute), c.l.Socket)
+	mustT(t, err)
+	gone()
 }
 
 // console listens for a pty, as berthd does.

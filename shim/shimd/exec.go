@@ -342,6 +342,9 @@ func (x *exec) finish(e *stepError) {
 		r.Append(b, x.p.call)
 		x.c.send(b.Buf)
 	}
+	if x.stream {
+		s.garbage += streamGarbage
+	}
 	x.release()
 	s.collect(execGarbage)
 	s.endIfOver()
@@ -377,9 +380,10 @@ const maxSpare = 8
 
 // What is left for the collector, about, in bytes.
 const (
-	frameGarbage = 512 // by a request or an error
-	execGarbage  = 16  // by an exec: next to nothing
-	maxGarbage   = 256 << 10
+	frameGarbage  = 512  // by a request or an error
+	execGarbage   = 16   // by an exec: next to nothing
+	streamGarbage = 1024 // by one on a client's descriptors
+	maxGarbage    = 256 << 10
 )
 
 // collect counts garbage and has it collected from time to time.

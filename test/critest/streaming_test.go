@@ -524,6 +524,16 @@ func TestStreamPortForward(t *testing.T) {
 			if got := get(t, data); !strings.Contains(got, "text of "+x.name) {
 				t.Errorf("WebSocket: %q", got)
 			}
+			if b.node != nil {
+				f, err := stream.DialTunnel(b.ctx, p.forward())
+				b.must(err)
+				defer f.Close()
+				data, _, err := f.Open(x.port)
+				b.must(err)
+				if got := get(t, data); !strings.Contains(got, "text of "+x.name) {
+					t.Errorf("SPDY through a WebSocket: %q", got)
+				}
+			}
 			_, fault, err := f.Open(9)
 			b.must(err)
 			if text, _ := io.ReadAll(fault); !strings.Contains(string(text), "refused") {

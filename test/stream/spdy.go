@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"sync/atomic"
 
+	"golang.org/x/net/websocket"
 	"k8s.io/streaming/pkg/httpstream"
 	"k8s.io/streaming/pkg/httpstream/spdy"
 )
@@ -78,6 +79,20 @@ type Forward struct {
 // DialForward opens one.
 func DialForward(ctx context.Context, url string) (*Forward, error) {
 	conn, err := upgrade(ctx, url, "portforward.k8s.io")
+	if err != nil {
+		return nil, err
+	}
+	return &Forward{conn: conn}, nil
+}
+
+// DialTunnel opens one that goes through a WebSocket.
+func DialTunnel(ctx context.Context, url string) (*Forward, error) {
+	ws, err := dialWS(ctx, url, "SPDY/3.1+portforward.k8s.io")
+	if err != nil {
+		return nil, err
+	}
+	ws.PayloadType = websocket.BinaryFrame
+	conn, err := spdy.NewClientConnection(ws)
 	if err != nil {
 		return nil, err
 	}

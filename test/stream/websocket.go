@@ -18,14 +18,18 @@ type channelConn struct {
 	in []*io.PipeWriter
 }
 
-func dialChannels(ctx context.Context, url, protocol string, channels int) (*channelConn, []*io.PipeReader, error) {
+func dialWS(ctx context.Context, url, protocol string) (*websocket.Conn, error) {
 	cfg, err := websocket.NewConfig("ws"+strings.TrimPrefix(url, "http"), "http://localhost")
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	cfg.Protocol = []string{protocol}
 	cfg.TlsConfig = &tls.Config{InsecureSkipVerify: true} //nolint:gosec // as the kubelet does
-	ws, err := cfg.DialContext(ctx)
+	return cfg.DialContext(ctx)
+}
+
+func dialChannels(ctx context.Context, url, protocol string, channels int) (*channelConn, []*io.PipeReader, error) {
+	ws, err := dialWS(ctx, url, protocol)
 	if err != nil {
 		return nil, nil, err
 	}
