@@ -97,9 +97,6 @@ func TestUnimplemented(t *testing.T) {
 	b := open(t)
 	b.ours()
 	for name, call := range map[string]func() error{
-		"Exec":        func() error { _, err := b.client.Exec(b.ctx, &runtime.ExecRequest{}); return err },
-		"Attach":      func() error { _, err := b.client.Attach(b.ctx, &runtime.AttachRequest{}); return err },
-		"PortForward": func() error { _, err := b.client.PortForward(b.ctx, &runtime.PortForwardRequest{}); return err },
 		"PodSandboxStats": func() error {
 			_, err := b.client.PodSandboxStats(b.ctx, &runtime.PodSandboxStatsRequest{})
 			return err

@@ -312,7 +312,9 @@ func TestStreamAttach(t *testing.T) {
 			c := b.pod().run(sh("echo early; while read x; do echo got $x; echo err $x >&2; [ $x = end ] && exit 5; done"), func(c *runtime.ContainerConfig) { c.Stdin = true })
 			c.sees("early")
 			all := stream.Options{Stdin: true, Stdout: true, Stderr: true}
-			first, second := c.attach(p, all), c.attach(p, stream.Options{Stdout: true})
+			first, second := c.attach(p, all), c.attach(p, all)
+			second.write("zero\n") // the answer tells that it is attached
+			second.sees("got zero")
 			first.write("one\n")
 			first.sees("got one")
 			b.must(first.Close())
@@ -324,13 +326,13 @@ func TestStreamAttach(t *testing.T) {
 			if out != "got two\ngot end\n" || errs != "err two\nerr end\n" {
 				t.Errorf("third client: stdout %q, stderr %q", out, errs)
 			}
-			if _, out, _ := second.wait(); out != "got one\ngot two\ngot end\n" {
+			if _, out, _ := second.wait(); out != "got zero\ngot one\ngot two\ngot end\n" {
 				t.Errorf("second client: stdout %q", out)
 			}
 			if st := c.wait(); st.ExitCode != 5 {
 				t.Errorf("exit code %d, want 5", st.ExitCode)
 			}
-			if text := c.text(); !strings.Contains(text, "early\ngot one\n") || !strings.Contains(text, "err end\n") {
+			if text := c.text(); !strings.Contains(text, "early\ngot zero\n") || !strings.Contains(text, "err end\n") {
 				t.Errorf("log %q", text)
 			}
 		})
