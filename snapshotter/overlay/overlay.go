@@ -46,9 +46,10 @@ import (
 
 // Limits.
 const (
-	// MaxLayers is how many layers the kernel puts into one mount
-	// (OVL_MAX_STACK in fs/overlayfs), the writable one left out.
-	MaxLayers = 500
+	// MaxLayers is how many layers a snapshot can be on. The kernel takes 500
+	// read-only ones (OVL_MAX_STACK in fs/overlayfs), and snapshotter.OpenRoot
+	// shows the writable one as one of them.
+	MaxLayers = 499
 	// MaxName is the longest key or name, in bytes.
 	MaxName = 1024
 	// maxRoot leaves room below the 255 bytes that fsconfig(2) takes for the

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -19,112 +21,204 @@ import (
 
 var ctx = context.Background()
 
-func mustNew(t testing.TB, root string) (*Snapshotter, *store.Store) {
+func mustNew(t *testing.T, root string, st *store.Store) *Snapshotter {
 	t.Helper()
-	st, err := store.Open(filepath.Join(root, "book.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { st.Close() })
 	s, err := New(root, st)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return s, st
+	return s
+}
+
+func mustBook(t *testing.T, path string) *store.Store {
+	t.Helper()
+	st, err := store.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { st.Close() })
+	return st
+}
+
+// mustOverlay returns a snapshotter, whose tables are checked at the end: every
+// entry among the children must have its row, and the other way round.
+func mustOverlay(t *testing.T) *Snapshotter {
+	t.Helper()
+	dir := t.TempDir()
+	s := mustNew(t, filepath.Join(dir, "root"), mustBook(t, filepath.Join(dir, "book.db")))
+	t.Cleanup(func() { checkTables(t, s) })
+	return s
+}
+
+func checkTables(t *testing.T, s *Snapshotter) {
+	t.Helper()
+	want, got := []string{}, []string{}
+	err := s.book.View(func(tx *store.Tx) error {
+		return errors.Join(
+			rows.Each(tx, func(key string, r row) error {
+				if r.Parent != "" {
+					want = append(want, r.Parent+"\x00"+key)
+				}
+				return nil
+			}),
+			children.Each(tx, func(key string, _ struct{}) error {
+				got = append(got, key)
+				return nil
+			}))
+	})
+	slices.Sort(want)
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("children %q, %v, want %q", got, err, want)
+	}
+}
+
+func mustPrepare(t *testing.T, s *Snapshotter, key, parent string) []snapshotter.Mount {
+	t.Helper()
+	m, err := s.Prepare(ctx, key, parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func mustDirs(t *testing.T, s *Snapshotter) []string {
+	t.Helper()
+	dirs, err := s.directories()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dirs
 }
 
 func TestConformance(t *testing.T) {
 	snapshottest.Run(t, func(t *testing.T) snapshotter.Snapshotter {
-		s, _ := mustNew(t, t.TempDir())
+		s := mustOverlay(t)
+		t.Cleanup(func() { // nothing on disk without a row
+			if leaked, err := s.leaked(); err != nil || len(leaked) > 0 {
+				t.Errorf("directories without a row: %q, %v", leaked, err)
+			}
+		})
 		return s
 	})
 }
 
-func TestBadRoot(t *testing.T) {
-	for _, root := range []string{"relative", "/a/../b", "/with space", "/with,comma", "/with:colon", "/" + strings.Repeat("x", maxRoot)} {
-		if _, err := New(root, nil); err == nil || !strings.Contains(err.Error(), strconv.Quote(root)) {
-			t.Errorf("%.30q: got %v, want an error that names it", root, err)
+func TestRootIsChecked(t *testing.T) {
+	st := mustBook(t, filepath.Join(t.TempDir(), "book.db"))
+	dir := t.TempDir()
+	for _, root := range []string{"", "relative", dir + "/", dir + "/a,b", dir + "/a:b", dir + `/a\b`, dir + "/a b", dir + "/a\nb", dir + "/" + strings.Repeat("x", 201)} {
+		if _, err := New(root, st); err == nil {
+			t.Errorf("root %q was taken", root)
+		} else if !strings.Contains(err.Error(), "root ") {
+			t.Errorf("error %q does not name the field", err)
 		}
+	}
+	s := mustNew(t, filepath.Join(dir, "good/root"), st)
+	if fi, err := os.Stat(s.root); err != nil || fi.Mode().Perm() != 0o700 {
+		t.Errorf("mode of the root %v, %v, want 0700", fi.Mode(), err)
 	}
 }
 
-// A crash leaves directories without a row, and nothing else.
-func TestCleanupSweepsWhatACrashLeaves(t *testing.T) {
-	root := t.TempDir()
-	s, st := mustNew(t, root)
-	snapshottest.MustLayer(t, s, "kept", "", map[string]string{"f": "1"})
-	orphans := []string{filepath.Join(root, "layers", "4711"), filepath.Join(root, "snapshots", "4712")}
-	for _, dir := range orphans {
-		if err := os.MkdirAll(filepath.Join(dir, "upper", "deep"), 0o755); err != nil {
+func TestLayout(t *testing.T) {
+	s := mustOverlay(t)
+	snapshottest.MustLayer(t, s, "l1", "", nil)
+	snapshottest.MustLayer(t, s, "l2", "l1", nil)
+	m := mustPrepare(t, s, "c", "l2")
+	want := append(slices.Clone(s.options),
+		"workdir="+s.root+"/snapshots/3/work",
+		"upperdir="+s.root+"/snapshots/3/upper",
+		"lowerdir="+s.root+"/layers/2:"+s.root+"/layers/1")
+	if len(m) != 1 || m[0].Type != "overlay" || !slices.Equal(m[0].Options, want) {
+		t.Errorf("mounts %+v, want options %q", m, want)
+	}
+	m = mustPrepare(t, s, "a", "")
+	if len(m) != 1 || m[0].Type != "bind" || m[0].Source != s.root+"/layers/4" || !slices.Equal(m[0].Options, []string{"rw", "rbind"}) {
+		t.Errorf("mounts of a parentless snapshot: %+v", m)
+	}
+}
+
+func TestStateSurvivesRestart(t *testing.T) {
+	dir := t.TempDir()
+	st := mustBook(t, dir+"/book.db")
+	s := mustNew(t, dir+"/root", st)
+	snapshottest.MustLayer(t, s, "l1", "", map[string]string{"f": "x"})
+	before := mustPrepare(t, s, "c", "l1")
+	usage, err := s.Usage(ctx, "l1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	st.Close()
+
+	s = mustNew(t, dir+"/root", mustBook(t, dir+"/book.db"))
+	after, err := s.Mounts(ctx, "c")
+	if err != nil || len(after) != 1 || !slices.Equal(after[0].Options, before[0].Options) {
+		t.Errorf("mounts %+v, %v, want %+v", after, err, before)
+	}
+	if got, err := s.Usage(ctx, "l1"); err != nil || got != usage || got.Inodes != 2 {
+		t.Errorf("usage %+v, %v, want %+v", got, err, usage)
+	}
+	if err := s.Remove(ctx, "l1"); !errors.Is(err, snapshotter.ErrInUse) {
+		t.Errorf("Remove of a parent after a restart: %v, want ErrInUse", err)
+	}
+}
+
+// A crash between making a directory and committing its row, or between removing
+// a row and the directory, leaves a directory without a row.
+func TestCleanupAfterCrash(t *testing.T) {
+	dir := t.TempDir()
+	st := mustBook(t, dir+"/book.db")
+	s := mustNew(t, dir+"/root", st)
+	snapshottest.MustLayer(t, s, "l1", "", map[string]string{"f": "x"})
+	mustPrepare(t, s, "c", "l1")
+	mustPrepare(t, s, "crashed", "l1")
+	if err := st.Update(func(tx *store.Tx) error { // the first half of Remove
+		r, err := get(tx, "crashed")
+		return errors.Join(err, remove(tx, "crashed", r))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []string{"layers/77/deep/er", "snapshots/78/upper", "snapshots/other"} {
+		if err := os.MkdirAll(s.path(d), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	again, err := New(root, st)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := again.Cleanup(ctx); err != nil {
-		t.Fatal(err)
-	}
-	for _, dir := range orphans {
-		if _, err := os.Lstat(dir); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("%s is left: %v", dir, err)
-		}
-	}
-	if _, err := again.Stat(ctx, "kept"); err != nil {
-		t.Errorf("the layer that has a row: %v", err)
-	}
-	// A number is not used again while its directory exists.
-	m, err := again.Prepare(ctx, "next", "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(m[0].Source); err != nil {
-		t.Error(err)
-	}
-}
+	st.Close()
 
-// After the book was lost nothing is swept: containers may run on what is there.
-func TestNoSweepAfterALostBook(t *testing.T) {
-	root := t.TempDir()
-	s, st := mustNew(t, root)
-	snapshottest.MustLayer(t, s, "l", "", map[string]string{"f": "1"})
-	info, err := s.Prepare(ctx, "probe", "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	used := info[0].Source
-	if err := st.Close(); err != nil {
-		t.Fatal(err)
-	}
-	book := filepath.Join(root, "book.db")
-	if err := os.WriteFile(book, []byte(strings.Repeat("rubbish ", 4096)), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	st, err = store.Open(book)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer st.Close()
-	if !st.Rebuilt() {
-		t.Fatal("the book is not marked as rebuilt")
-	}
-	s, err = New(root, st)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s = mustNew(t, dir+"/root", mustBook(t, dir+"/book.db"))
 	if err := s.Cleanup(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(used); err != nil {
-		t.Errorf("a directory was swept: %v", err)
+	if got, want := mustDirs(t, s), []string{"layers/1", "snapshots/2"}; !slices.Equal(got, want) {
+		t.Errorf("directories %q, want %q", got, want)
 	}
-	m, err := s.Prepare(ctx, "new", "")
-	if err != nil {
+}
+
+func TestRebuiltBookKeepsDirectories(t *testing.T) {
+	dir := t.TempDir()
+	st := mustBook(t, dir+"/book.db")
+	s := mustNew(t, dir+"/root", st)
+	snapshottest.MustLayer(t, s, "l1", "", map[string]string{"f": "x"})
+	mustPrepare(t, s, "c", "l1")
+	st.Close()
+	if err := os.WriteFile(dir+"/book.db", []byte(strings.Repeat("rubbish", 10000)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if m[0].Source == used {
-		t.Errorf("%s was given out again", used)
+
+	st = mustBook(t, dir+"/book.db")
+	if !st.Rebuilt() {
+		t.Fatal("the book does not say that it was rebuilt")
+	}
+	s = mustNew(t, dir+"/root", st)
+	if err := s.Cleanup(ctx); err != nil {
+		t.Fatal(err)
+	}
+	old := []string{"layers/1", "snapshots/2"}
+	if got := mustDirs(t, s); !slices.Equal(got, old) {
+		t.Fatalf("directories %q, want all kept: %q", got, old)
+	}
+	// New ones must not land in old directories.
+	m := mustPrepare(t, s, "new", "")
+	if want := s.path("layers/3"); m[0].Source != want {
+		t.Errorf("new directory %s, want %s", m[0].Source, want)
 	}
 	if err := st.ClearRebuilt(); err != nil {
 		t.Fatal(err)
@@ -132,107 +226,316 @@ func TestNoSweepAfterALostBook(t *testing.T) {
 	if err := s.Cleanup(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(used); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("not swept when it may be: %v", err)
+	if got, want := mustDirs(t, s), []string{"layers/3"}; !slices.Equal(got, want) {
+		t.Errorf("directories after ClearRebuilt %q, want %q", got, want)
 	}
 }
 
-func TestWhiteoutsOfLayers(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: makes device nodes and mounts")
-	}
-	s, _ := mustNew(t, t.TempDir())
-	snapshottest.MustLayer(t, s, "l1", "", map[string]string{"gone": "1", "dir/old": "1", "kept": "1"})
-	m, err := s.Prepare(ctx, "x", "")
-	if err != nil {
+func TestQuarantinedRowKeepsDirectoryAndParent(t *testing.T) {
+	s := mustNew(t, t.TempDir(), mustBook(t, filepath.Join(t.TempDir(), "book.db")))
+	snapshottest.MustLayer(t, s, "l1", "", nil)
+	mustPrepare(t, s, "c", "l1")
+	// The same table written with another row type is unreadable as a row.
+	wrong := store.NewTable[map[string]string](tableName, 1)
+	if err := s.book.Update(func(tx *store.Tx) error {
+		return wrong.Put(tx, "c", map[string]string{"Kind": "?"})
+	}); err != nil {
 		t.Fatal(err)
 	}
-	up := m[0].Source
-	if err := unix.Mknod(filepath.Join(up, "gone"), unix.S_IFCHR, 0); err != nil {
+	if _, err := s.Stat(ctx, "c"); !errors.Is(err, store.ErrCorrupt) {
+		t.Fatalf("Stat: %v, want ErrCorrupt", err)
+	}
+	if err := s.Cleanup(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Mkdir(filepath.Join(up, "dir"), 0o755); err != nil {
+	if got := mustDirs(t, s); len(got) != 2 {
+		t.Errorf("directories %q, want both kept", got)
+	}
+	if err := s.Remove(ctx, "l1"); !errors.Is(err, snapshotter.ErrInUse) {
+		t.Errorf("Remove of the parent: %v, want ErrInUse", err)
+	}
+	if err := s.book.ForgetQuarantined(); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Setxattr(filepath.Join(up, "dir"), "trusted.overlay.opaque", []byte("y"), 0); err != nil {
-		t.Fatal(err)
+	if err := errors.Join(s.Remove(ctx, "l1"), s.Cleanup(ctx)); err != nil {
+		t.Errorf("after forgetting: %v", err)
 	}
-	if err := os.WriteFile(filepath.Join(up, "dir", "new"), []byte("2"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Commit(ctx, "l2", "x", snapshotter.WithParent("l1")); err != nil {
-		t.Fatal(err)
-	}
-	m, err = s.Prepare(ctx, "c", "l2")
-	if err != nil {
-		t.Fatal(err)
-	}
-	got := fmt.Sprint(snapshottest.MustFiles(t, m))
-	if want := "map[dir/new:2 kept:1]"; got != want {
-		t.Errorf("files %s, want %s", got, want)
+	if got := mustDirs(t, s); len(got) != 0 {
+		t.Errorf("directories %q, want none", got)
 	}
 }
 
-// TestManyLayers mounts a chain whose options do not fit into a page, by both
-// ways: as a detached mount and, made compact, by mount(2).
+func TestCleanupSparesWhatIsBeingMade(t *testing.T) {
+	s := mustOverlay(t)
+	s.making.RLock() // as create holds it between directory and row
+	dir, err := s.makeDir(snapshotter.KindActive, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() { done <- s.Cleanup(ctx) }()
+	err = s.book.Update(func(tx *store.Tx) error {
+		return put(tx, "k", row{Kind: snapshotter.KindActive, Dir: dir})
+	})
+	s.making.RUnlock()
+	if err := errors.Join(err, <-done); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(s.path(dir)); err != nil {
+		t.Errorf("directory: %v, want it kept", err)
+	}
+}
+
+func TestRowWithoutDirectory(t *testing.T) {
+	s := mustOverlay(t)
+	m := mustPrepare(t, s, "k", "")
+	if err := os.Remove(m[0].Source); err != nil { // as a power cut can
+		t.Fatal(err)
+	}
+	if u, err := s.Usage(ctx, "k"); err != nil || u != (snapshotter.Usage{}) {
+		t.Errorf("usage %+v, %v, want nothing", u, err)
+	}
+	if err := s.Remove(ctx, "k"); err != nil {
+		t.Error(err)
+	}
+}
+
+// mustChain commits n layers, each with a file of its own and one that all have.
+func mustChain(t *testing.T, s *Snapshotter, n int) (top string, want map[string]string) {
+	t.Helper()
+	want = make(map[string]string)
+	for i := range n {
+		name := fmt.Sprint("layer", i)
+		files := map[string]string{fmt.Sprint("f", i): fmt.Sprint(i), "same": fmt.Sprint(i)}
+		for k, v := range files {
+			want[k] = v
+		}
+		snapshottest.MustLayer(t, s, name, top, files)
+		top = name
+	}
+	return top, want
+}
+
 func TestManyLayers(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: mounts snapshots")
 	}
-	root := filepath.Join(t.TempDir(), strings.Repeat("long", 10))
-	if err := os.MkdirAll(root, 0o700); err != nil {
-		t.Fatal(err)
+	s := mustOverlay(t)
+	top, want := mustChain(t, s, 130)
+	m := mustPrepare(t, s, "c", top)
+	got := snapshottest.MustFiles(t, m)
+	if len(got) != len(want) || got["same"] != "129" || got["f0"] != "0" || got["f129"] != "129" {
+		t.Errorf("OpenRoot shows %d files, same=%q, want %d, 129", len(got), got["same"], len(want))
 	}
-	s, _ := mustNew(t, root)
-	const n = 130
-	parent := ""
-	for i := range n {
-		name := "l" + strconv.Itoa(i)
-		snapshottest.MustLayer(t, s, name, parent, map[string]string{"f": strconv.Itoa(i), "only" + strconv.Itoa(i): ""})
-		parent = name
+	// mount(2) takes a page of options, so this goes through Compact.
+	if dir, _ := snapshotter.Compact(m); dir != s.root+"/layers" {
+		t.Errorf("Compact to %q, want the directory of the layers", dir)
 	}
-	m, err := s.Prepare(ctx, "c", parent)
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, compact := snapshotter.Compact(m)
-	if dir == "" {
-		t.Error("options of 130 layers were not made compact")
-	}
-	if l := len(strings.Join(compact[0].Options, ",")); l >= os.Getpagesize() {
-		t.Errorf("compact options take %d bytes, a page is %d", l, os.Getpagesize())
-	}
-	f, err := snapshotter.OpenRoot(m)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	text, err := os.ReadFile(fmt.Sprintf("/proc/self/fd/%d/f", f.Fd()))
-	if err != nil || string(text) != strconv.Itoa(n-1) {
-		t.Errorf("OpenRoot: f is %q, %v; want that of the last layer", text, err)
-	}
-	files := snapshottest.MustFiles(t, m)
-	if len(files) != n+1 || files["f"] != strconv.Itoa(n-1) {
-		t.Errorf("mounted: %d files, f is %q; want %d and %d", len(files), files["f"], n+1, n-1)
+	snapshottest.MustMounted(t, m, func(root string) error {
+		entries, err := os.ReadDir(root)
+		if err == nil && len(entries) != len(want) {
+			err = fmt.Errorf("%d entries, want %d", len(entries), len(want))
+		}
+		return errors.Join(err, os.Remove(root+"/f0"), os.WriteFile(root+"/new", nil, 0o644))
+	})
+	if got := snapshottest.MustFiles(t, m); got["f0"] != "" || len(got) != len(want) {
+		t.Errorf("after the change: %d files, f0=%q", len(got), got["f0"])
 	}
 }
 
+func mustMkdir(t *testing.T, dir string) string {
+	t.Helper()
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
 func TestTooManyLayers(t *testing.T) {
-	s, _ := mustNew(t, t.TempDir())
-	parent := ""
-	var err error
-	for i := 0; i <= MaxLayers && err == nil; i++ {
-		name := "l" + strconv.Itoa(i)
-		if _, err = s.Prepare(ctx, "x"+name, ""); err != nil {
-			break
+	s := mustOverlay(t)
+	err := s.book.Update(func(tx *store.Tx) error {
+		parent := ""
+		for i := range MaxLayers + 1 {
+			name := fmt.Sprint("l", i)
+			if err := put(tx, name, row{Kind: snapshotter.KindCommitted, Parent: parent, Dir: fmt.Sprint("layers/", i+1)}); err != nil {
+				return err
+			}
+			parent = name
 		}
-		err = s.Commit(ctx, name, "x"+name, snapshotter.WithParent(parent))
-		parent = name
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
-	if err == nil {
-		_, err = s.Prepare(ctx, "c", parent)
+	m := mustPrepare(t, s, "fits", fmt.Sprint("l", MaxLayers-1))
+	if os.Geteuid() == 0 { // and the kernel agrees
+		for i := range MaxLayers {
+			if err := os.WriteFile(mustMkdir(t, s.path(fmt.Sprint("layers/", i+1)))+fmt.Sprint("/f", i), nil, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := snapshottest.MustFiles(t, m); len(got) != MaxLayers {
+			t.Errorf("OpenRoot shows %d files, want %d", len(got), MaxLayers)
+		}
+		snapshottest.MustMounted(t, m, func(root string) error {
+			entries, err := os.ReadDir(root)
+			if len(entries) != MaxLayers {
+				err = errors.Join(err, fmt.Errorf("%d entries, want %d", len(entries), MaxLayers))
+			}
+			return err
+		})
 	}
-	if err == nil || !strings.Contains(err.Error(), strconv.Itoa(MaxLayers)) {
-		t.Errorf("%d layers: got %v, want an error that names the limit", MaxLayers+1, err)
+	if _, c := snapshotter.Compact(m); len(strings.Join(c[0].Options, ",")) >= os.Getpagesize() {
+		t.Error("as many layers as the kernel takes do not fit into a page")
 	}
+	if _, err := s.Prepare(ctx, "over", fmt.Sprint("l", MaxLayers)); err == nil || !strings.Contains(err.Error(), fmt.Sprint(MaxLayers)) {
+		t.Errorf("Prepare on %d layers: %v, want an error with the limit", MaxLayers+1, err)
+	}
+	if _, err := s.Stat(ctx, "over"); !errors.Is(err, snapshotter.ErrNotFound) {
+		t.Errorf("after the error: %v, want ErrNotFound", err)
+	}
+}
+
+// Layers unpacked by others hold whiteouts as the kernel writes them.
+func TestWhiteoutsOfLayers(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: makes whiteouts and mounts snapshots")
+	}
+	s := mustOverlay(t)
+	snapshottest.MustLayer(t, s, "l1", "", map[string]string{"gone": "1", "kept": "1", "opaque/old": "1", "back": "1"})
+	dir := mustPrepare(t, s, "x2", "")[0].Source
+	if err := errors.Join(
+		unix.Mknod(dir+"/gone", unix.S_IFCHR, 0),
+		unix.Mknod(dir+"/back", unix.S_IFCHR, 0),
+		os.Mkdir(dir+"/opaque", 0o755),
+		unix.Setxattr(dir+"/opaque", "trusted.overlay.opaque", []byte("y"), 0),
+		os.WriteFile(dir+"/opaque/new", []byte("2"), 0o644),
+		s.Commit(ctx, "l2", "x2", snapshotter.WithParent("l1")),
+	); err != nil {
+		t.Fatal(err)
+	}
+	snapshottest.MustLayer(t, s, "l3", "l2", map[string]string{"back": "3"})
+	want := map[string]string{"kept": "1", "opaque/new": "2", "back": "3"}
+	m := mustPrepare(t, s, "c", "l3")
+	if got := snapshottest.MustFiles(t, m); fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("OpenRoot shows %v, want %v", got, want)
+	}
+	snapshottest.MustMounted(t, m, func(root string) error {
+		if _, err := os.Lstat(root + "/gone"); !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("gone: %v, want it absent", err)
+		}
+		b, err := os.ReadFile(root + "/back")
+		if err == nil && string(b) != "3" {
+			err = fmt.Errorf("back is %q, want 3", b)
+		}
+		return err
+	})
+}
+
+func TestDeepTree(t *testing.T) {
+	dir := t.TempDir() + "/tree"
+	if err := os.MkdirAll(dir+"/side/by", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.Open(dir, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const depth = 3*maxDepth + 10
+	for range depth {
+		if err := unix.Mkdirat(fd, "d", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		next, err := unix.Openat(fd, "d", unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		unix.Close(fd)
+		fd = next
+	}
+	unix.Close(fd)
+	if _, err := usage(ctx, dir); err == nil || !strings.Contains(err.Error(), fmt.Sprint(maxDepth)) {
+		t.Errorf("usage: %v, want an error with the limit", err)
+	}
+	if err := removeTree(dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after removal: %v", err)
+	}
+}
+
+func TestRemoveTree(t *testing.T) {
+	dir := t.TempDir()
+	outside := dir + "/outside"
+	if err := errors.Join(os.MkdirAll(dir+"/tree/a/b", 0o755), os.Mkdir(outside, 0o755),
+		os.WriteFile(outside+"/f", nil, 0o644), os.Symlink(outside, dir+"/tree/a/link"),
+		os.Symlink("nowhere", dir+"/tree/dangling"), syscall.Mkfifo(dir+"/tree/a/b/fifo", 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3000 { // more than one reading of the directory
+		if err := os.WriteFile(fmt.Sprintf("%s/tree/a/b/%d", dir, i), nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 { // the second time there is nothing
+		if err := removeTree(dir + "/tree"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := os.Lstat(dir + "/tree"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("tree: %v, want it gone", err)
+	}
+	if _, err := os.Stat(outside + "/f"); err != nil {
+		t.Errorf("removal followed a link: %v", err)
+	}
+}
+
+func TestUsageOfUpper(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: mounts snapshots")
+	}
+	s := mustOverlay(t)
+	snapshottest.MustLayer(t, s, "l", "", map[string]string{"f": strings.Repeat("x", 1<<20)})
+	m := mustPrepare(t, s, "c", "l")
+	snapshottest.MustMounted(t, m, func(root string) error {
+		return os.WriteFile(root+"/new", make([]byte, 64<<10), 0o644)
+	})
+	u, err := s.Usage(ctx, "c")
+	if err != nil || u.Inodes != 2 || u.Size < 64<<10 || u.Size > 128<<10 {
+		t.Errorf("usage %+v, %v, want the directory and one file of 64 KiB", u, err)
+	}
+	canceled, cancel := context.WithCancel(ctx)
+	cancel()
+	if _, err := s.Usage(canceled, "c"); !errors.Is(err, context.Canceled) {
+		t.Errorf("usage with a canceled context: %v", err)
+	}
+}
+
+func TestSupported(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: asks the kernel for overlay mounts")
+	}
+	dir := t.TempDir()
+	if err := Supported(dir); err != nil {
+		t.Errorf("here: %v", err)
+	}
+	if left, _ := os.ReadDir(dir); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+	if err := Supported("/proc/self"); err == nil {
+		t.Error("/proc is said to hold snapshots")
+	}
+	// Overlay on overlay: the case of a container without a volume.
+	for _, d := range []string{"lower", "upper", "work"} {
+		os.Mkdir(dir+"/"+d, 0o755)
+	}
+	m := snapshotter.Mount{Type: "overlay", Source: "overlay", Options: []string{
+		"lowerdir=" + dir + "/lower", "upperdir=" + dir + "/upper", "workdir=" + dir + "/work"}}
+	snapshottest.MustMounted(t, []snapshotter.Mount{m}, func(root string) error {
+		if err := Supported(root); err == nil || !strings.Contains(err.Error(), root) {
+			return fmt.Errorf("overlay on overlay: %v, want an error that names %s", err, root)
+		}
+		return nil
+	})
 }

@@ -424,7 +424,7 @@ func (s *Snapshotter) chain(tx *store.Tx, key, parent string) ([]string, error) 
 	var dirs []string
 	for parent != "" {
 		if len(dirs) == MaxLayers {
-			return nil, fmt.Errorf("snapshot %q: more than %d layers, the kernel's limit", key, MaxLayers)
+			return nil, fmt.Errorf("snapshot %q: more than %d layers, the limit of a mount", key, MaxLayers)
 		}
 		p, err := get(tx, parent)
 		if err != nil {
