@@ -38,6 +38,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return c.wrong("run_dir", "%q: %w", c.RunDir, err)
 	}
 	defer join(&err, lock.Close)
+	if err := overlay.Supported(c.StateDir); err != nil {
+		return err
+	}
 	snapshots, err := overlay.New(c.StateDir, book)
 	if err != nil {
 		return err

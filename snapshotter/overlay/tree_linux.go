@@ -155,7 +155,9 @@ func (r *remover) empty(d *os.File, depth int) error {
 			return err
 		}
 		names, err := d.Readdirnames(1024)
-		if errors.Is(err, io.EOF) {
+		// A directory that somebody else has removed meanwhile (Cleanup beside
+		// Remove) cannot be read any more: it is empty.
+		if errors.Is(err, io.EOF) || errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
 		if err != nil {
@@ -187,6 +189,9 @@ func (r *remover) entry(at int, name string, depth int) error {
 		return nil
 	}
 	sub, err := openDir(at, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
