@@ -112,17 +112,21 @@ func newNode(t *testing.T, opts node.Options) *rig {
 func startNode(t *testing.T, opts node.Options) *rig {
 	t.Helper()
 	r := newNode(t, opts)
+	r.begin()
+	return r
+}
+
+// begin is startNode for a node that is laid out.
+func (r *rig) begin() {
+	r.Helper()
 	r.must(r.Start(r.ctx))
 	_, err := r.client.Pull(r.ctx, refs[images.Busybox])
 	r.must(err)
-	cfg := r.podConfig("first")
-	id, err := r.client.Run(r.ctx, cfg)
-	r.must(err)
-	r.must(r.client.Destroy(r.ctx, id))
+	pod, _ := r.pod("first")
+	r.must(r.client.Destroy(r.ctx, pod))
 	r.before, err = r.Marks()
 	r.must(err)
-	t.Cleanup(r.nothingLeft)
-	return r
+	r.Cleanup(r.nothingLeft)
 }
 
 // nothingLeft removes all pods and reports what remains.

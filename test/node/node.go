@@ -43,6 +43,7 @@ type Options struct {
 	Without        []string          // keys of the node's own configuration to leave out
 	Runtimes       map[string]string // further runtime handlers: name -> program
 	CNI            string            // a conflist; "": one bridge with host-local and portmap; NoCNI: none
+	CNIAfter       string            // a plugin's configuration, put at the end of the usual conflist
 	CNIBinDirs     []string          // replaces the directories where plugins are looked for
 	Env            []string          // environment of berthd, in addition to that of the test
 	Args           []string          // arguments of berthd, in addition to --config
@@ -186,11 +187,15 @@ func (n *Node) keys(registries, policy string) [][2]string {
 // Conflist returns the node's own network as a CNI configuration list: a
 // bridge named like the node with addresses and port mappings.
 func (n *Node) Conflist() string {
+	after := ""
+	if n.opts.CNIAfter != "" {
+		after = ", " + n.opts.CNIAfter
+	}
 	return fmt.Sprintf(`{"cniVersion": "1.0.0", "name": %q, "plugins": [
   {"type": "bridge", "bridge": %q, "isGateway": true, "ipMasq": true, "hairpinMode": true,
    "ipam": {"type": "host-local", "dataDir": %q, "ranges": [[{"subnet": %q}]], "routes": [{"dst": "0.0.0.0/0"}]}},
-  {"type": "portmap", "capabilities": {"portMappings": true}}]}
-`, n.Name, n.Name, n.addressDir(), n.Subnet)
+  {"type": "portmap", "capabilities": {"portMappings": true}}%s]}
+`, n.Name, n.Name, n.addressDir(), n.Subnet, after)
 }
 
 // Start runs berthd and returns when it said that it is ready (sd_notify), or
