@@ -299,6 +299,24 @@ func (v *view) container(id string) (*container, error) {
 	return c, nil
 }
 
+// anyPod is like pod, and finds a pod that is being removed, too, by its whole
+// ID: who calls Stop or Remove again is to join that, not to be told that all
+// is well.
+func (v *view) anyPod(id string) (*pod, error) {
+	if p, ok := v.pods[id]; ok && p.State != StateCreating {
+		return p, nil
+	}
+	return v.pod(id)
+}
+
+// anyContainer is for containers what anyPod is for pods.
+func (v *view) anyContainer(id string) (*container, error) {
+	if c, ok := v.containers[id]; ok && c.State != StateCreating {
+		return c, nil
+	}
+	return v.container(id)
+}
+
 func find[T interface{ listed() bool }](m map[string]T, id string) (T, error) {
 	var none T
 	if o, ok := m[id]; ok && o.listed() {

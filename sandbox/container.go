@@ -256,7 +256,7 @@ func (s *Service) createContainer(ctx context.Context, o *op, plan *containerPla
 		defer cancel()
 		if e := s.destroyContainer(undo, o, id); e != nil {
 			log.Error(e, "Container half made is left for later")
-			s.kick()
+			s.retryUndo(id)
 		}
 		return "", fmt.Errorf("container %s in pod %s: %w", plan.config.GetMetadata().GetName(), podKey(plan.pod.config), err)
 	}
@@ -324,8 +324,7 @@ func (s *Service) launch(ctx context.Context, plan *containerPlan) (shim.Launche
 	if err != nil {
 		return launched, err
 	}
-	s.watch(plan.row.ID, s.live.put(plan.row.ID, c))
-	return launched, nil
+	return launched, s.follow(plan.row.ID, c)
 }
 
 // launchOf fills in what is the same for containers and inits.

@@ -316,6 +316,9 @@ func (s *Service) killShim(ctx context.Context, id string, pid int) error {
 		if err := killPid(pid); err != nil {
 			return err
 		}
+		if !s.resweep.Swap(true) {
+			s.kick()
+		}
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("%w: shim %d: %w", ErrStuck, pid, ctx.Err())

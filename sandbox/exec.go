@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"os"
 	"path/filepath"
 	"time"
@@ -133,6 +134,9 @@ func (s *Service) UpdateResources(ctx context.Context, req *runtime.UpdateContai
 }
 
 func (s *Service) updateResources(ctx context.Context, o *op, id string, update *runtime.LinuxContainerResources) error {
+	mu := &s.updates[maphash.String(s.book.seed, id)%uint64(len(s.updates))]
+	mu.Lock()
+	defer mu.Unlock()
 	c, err := s.book.view().container(id)
 	if err != nil {
 		return err

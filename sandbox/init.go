@@ -58,7 +58,9 @@ func (s *Service) makeInit(ctx context.Context, o *op, p *pod) error {
 		return err
 	}
 	var launched shim.Launched
-	return o.steps(ctx, []step{
+	err = o.steps(ctx, []step{
+		// What is left of an init that was not finished has the same ID.
+		{"clear", func(ctx context.Context) error { return s.clearInit(ctx, p) }},
 		{"bundle", func(context.Context) error { return s.writeInitBundle(p) }},
 		{"launch", func(ctx context.Context) (err error) { launched, err = s.launchInit(ctx, p, rt); return err }},
 		{"start", func(ctx context.Context) error {
@@ -71,9 +73,34 @@ func (s *Service) makeInit(ctx context.Context, o *op, p *pod) error {
 		{"pin", func(context.Context) error { return s.pinPID(p.ID, launched.Pid) }},
 		{"running", func(context.Context) error {
 			_, err := s.book.updatePod(p.ID, func(r *podRow) error { r.InitPid = launched.Pid; return nil })
+			if h := s.live.get(p.ID); err == nil && (h == nil || !h.alive()) {
+				err = errors.New("the pod's init ended at once")
+			}
 			return err
 		}},
 	})
+	if err != nil {
+		undo, cancel := cleanup(ctx, undoTimeout)
+		defer cancel()
+		if e := s.clearInit(undo, p); e != nil {
+			klog.FromContext(ctx).Error(e, "Init half made is left for later")
+		}
+		_, e := s.book.updatePod(p.ID, func(r *podRow) error { r.InitPid = 0; return nil })
+		err = errors.Join(err, e)
+	}
+	return err
+}
+
+// clearInit ends an init that is not in use and removes what was made for it.
+func (s *Service) clearInit(ctx context.Context, p *pod) error {
+	if err := s.endInit(ctx, p); err != nil {
+		return err
+	}
+	s.live.drop(p.ID)
+	path := s.deps.Pins.Path(p.ID, pidKind)
+	for unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil {
+	}
+	return s.removeBundle(p.ID)
 }
 
 func (s *Service) initPath(p *pod) (string, cgroup.Group, error) {
@@ -101,9 +128,6 @@ func (s *Service) writeInitBundle(p *pod) error {
 	if err != nil {
 		return err
 	}
-	if err := s.removeBundle(p.ID); err != nil {
-		return err
-	}
 	return writeBundle(s.bundleDir(p.ID), sp)
 }
 
@@ -118,8 +142,7 @@ func (s *Service) launchInit(ctx context.Context, p *pod, rt *ociRuntime) (shim.
 	if err != nil {
 		return launched, fmt.Errorf("pod init: %w", err)
 	}
-	s.watch(p.ID, s.live.put(p.ID, c))
-	return launched, nil
+	return launched, s.follow(p.ID, c)
 }
 
 // pinPID pins the PID namespace of a process.
@@ -173,6 +196,9 @@ func (s *Service) endInit(ctx context.Context, p *pod) error {
 // initEnded: without its init a pod's PID namespace is dead, so it is not ready.
 func (s *Service) initEnded(id string, e shim.Exit) error {
 	_, err := s.book.updatePod(id, func(r *podRow) error {
+		if r.InitPid == 0 {
+			return nil // it had not been put to use
+		}
 		r.InitPid = 0
 		if r.State == StateReady {
 			r.State = StateNotReady

@@ -22,6 +22,10 @@ const (
 	janitorMax   = time.Minute
 )
 
+// resweepAfter is how long after the killing of a shim it is looked for what its
+// runtime may have made since.
+const resweepAfter = 2 * time.Second
+
 // sweepNetworkLimit bounds the sweep of the network, while which no pod can be
 // attached.
 const sweepNetworkLimit = 20 * time.Second
@@ -34,6 +38,19 @@ func (s *Service) kick() {
 	}
 }
 
+// retryUndo leaves the undo of a half made object to the janitor. Its row may
+// still say "creating", if the book could not be written.
+func (s *Service) retryUndo(id string) {
+	s.undo.Store(id, true)
+	s.kick()
+}
+
+// due tells whether an object is to be destroyed.
+func (s *Service) due(id string, removing bool) bool {
+	_, undo := s.undo.Load(id)
+	return removing || undo
+}
+
 // janitor finishes what was begun: destroys of hidden objects, stops of pods. It
 // begins with a sweep, because only at the start can there be things that the
 // book does not know.
@@ -43,6 +60,15 @@ func (s *Service) janitor(ctx context.Context) {
 	pause := janitorFirst
 	for {
 		left := s.finish(ctx)
+		if s.resweep.Swap(false) {
+			// A runtime whose shim was killed may be at work for a moment yet.
+			swept = false
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(resweepAfter):
+			}
+		}
 		if !swept {
 			if err := s.sweep(ctx); err != nil {
 				log.Error(err, "Sweep not complete")
@@ -77,20 +103,20 @@ func (s *Service) finish(ctx context.Context) (left bool) {
 	v := s.book.view()
 	var containers []*container
 	for _, c := range v.containers {
-		if c.Removing {
+		if s.due(c.ID, c.Removing) {
 			containers = append(containers, c)
 		}
 	}
 	var pods []*pod
 	for _, p := range v.pods {
-		if p.Removing || (p.Stopping && !p.Torn && p.State != StateCreating) {
+		if s.due(p.ID, p.Removing) || (p.Stopping && !p.Torn && p.State != StateCreating) {
 			pods = append(pods, p)
 		}
 	}
 	err := errors.Join(
 		parallel(containers, 8, func(c *container) error { return s.destroyContainerOp(ctx, c.ID) }),
 		parallel(pods, 8, func(p *pod) error {
-			if p.Removing {
+			if s.due(p.ID, p.Removing) {
 				return s.destroyPodOp(ctx, p.ID)
 			}
 			return s.StopPod(ctx, p.ID)
@@ -102,10 +128,14 @@ func (s *Service) finish(ctx context.Context) (left bool) {
 	for _, c := range containers {
 		if v.containers[c.ID] != nil {
 			left = true
+		} else {
+			s.undo.Delete(c.ID)
 		}
 	}
 	for _, p := range pods {
-		if n := v.pods[p.ID]; n != nil && (n.Removing || !n.Torn) {
+		if n := v.pods[p.ID]; n == nil {
+			s.undo.Delete(p.ID)
+		} else if n.Removing || !n.Torn {
 			left = true
 		}
 	}

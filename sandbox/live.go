@@ -13,8 +13,9 @@ import (
 // live holds the connections to shims, by the ID of the container or pod that
 // the shim runs a process for.
 type live struct {
-	mu sync.Mutex
-	m  map[string]*handle
+	mu     sync.Mutex
+	m      map[string]*handle
+	closed bool // the daemon is stopping: no new connections
 }
 
 // handle is a shim that this daemon talks to.
@@ -32,31 +33,61 @@ func (l *live) get(id string) *handle {
 	return l.m[id]
 }
 
-// put takes charge of a connection, which it closes if there is one already.
+// put takes charge of a connection in place of an older one. When the daemon is
+// stopping the connection is closed, and nil returned.
 func (l *live) put(id string, c *shim.Client) *handle {
 	h := &handle{client: c, ended: make(chan struct{}), dropped: make(chan struct{})}
 	l.mu.Lock()
 	old := l.m[id]
-	l.m[id] = h
+	closed := l.closed
+	if !closed {
+		l.m[id] = h
+	}
 	l.mu.Unlock()
+	if closed {
+		c.Close()
+		return nil
+	}
 	if old != nil {
 		old.close()
 	}
 	return h
 }
 
-// client returns the connection to a shim. If there is none it is made anew, and
-// followed.
+// alive tells whether the connection has not ended.
+func (h *handle) alive() bool {
+	select {
+	case <-h.client.Gone():
+		return false
+	default:
+		return true
+	}
+}
+
+// client returns the connection to a shim. If there is none, or it was lost, it
+// is made anew, and followed.
 func (s *Service) client(ctx context.Context, id string) (*shim.Client, error) {
-	if h := s.live.get(id); h != nil {
+	if h := s.live.get(id); h != nil && h.alive() {
 		return h.client, nil
 	}
 	c, err := shim.Connect(ctx, s.socket(id))
 	if err != nil {
 		return nil, err
 	}
-	s.watch(id, s.live.put(id, c))
+	if err := s.follow(id, c); err != nil {
+		return nil, err
+	}
 	return c, nil
+}
+
+// follow takes charge of a connection and waits for the exit in the background.
+func (s *Service) follow(id string, c *shim.Client) error {
+	h := s.live.put(id, c)
+	if h == nil {
+		return errClosing
+	}
+	s.watch(id, h)
+	return nil
 }
 
 func (l *live) drop(id string) {
@@ -74,10 +105,16 @@ func (h *handle) close() {
 	h.client.Close()
 }
 
+func (l *live) isClosed() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.closed
+}
+
 func (l *live) closeAll() {
 	l.mu.Lock()
 	all := l.m
-	l.m = map[string]*handle{}
+	l.m, l.closed = map[string]*handle{}, true
 	l.mu.Unlock()
 	for _, h := range all {
 		h.close()

@@ -139,7 +139,13 @@ func (s *Service) runPod(ctx context.Context, o *op, plan podPlan) (string, erro
 	err = o.steps(ctx, []step{
 		{"files", func(context.Context) error { return s.makePodFiles(p, plan.hostname) }},
 		{"namespaces", func(ctx context.Context) error { return s.makeNamespaces(ctx, p, plan) }},
-		{"network", func(ctx context.Context) (err error) { p, err = s.attach(ctx, p); return err }},
+		{"network", func(ctx context.Context) error {
+			attached, err := s.attach(ctx, p)
+			if err == nil {
+				p = attached
+			}
+			return err
+		}},
 		{"hosts", func(context.Context) error { return s.writeHosts(p, plan.hostname) }},
 		{"init", func(ctx context.Context) error {
 			if p.pidMode() != runtime.NamespaceMode_POD {
@@ -161,7 +167,7 @@ func (s *Service) runPod(ctx context.Context, o *op, plan podPlan) (string, erro
 		defer cancel()
 		if e := s.destroyPod(undo, o, p.ID); e != nil {
 			log.Error(e, "Pod half made is left for later")
-			s.kick()
+			s.retryUndo(p.ID)
 		}
 		return "", fmt.Errorf("pod %s: %w", podKey(p.config), err)
 	}
@@ -263,7 +269,7 @@ func (s *Service) cniPod(p *pod) cni.Pod {
 // StopPod kills what runs in the pod and releases its network. That a pod does
 // not exist or is stopped already is no error.
 func (s *Service) StopPod(ctx context.Context, id string) error {
-	p, err := s.book.view().pod(id)
+	p, err := s.book.view().anyPod(id)
 	if errors.Is(err, ErrNotFound) {
 		return nil
 	}
@@ -289,7 +295,7 @@ func (s *Service) StopPod(ctx context.Context, id string) error {
 // RemovePod stops the pod if need be, removes its containers and all that was
 // made for it. That it does not exist is no error.
 func (s *Service) RemovePod(ctx context.Context, id string) error {
-	p, err := s.book.view().pod(id)
+	p, err := s.book.view().anyPod(id)
 	if errors.Is(err, ErrNotFound) {
 		return nil
 	}

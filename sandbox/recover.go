@@ -19,6 +19,7 @@ import (
 type observed struct {
 	sameBoot bool
 	status   string     // the shim's word, "" if no shim answers
+	unsure   bool       // there is a shim, but it does not answer now
 	exit     *shim.Exit // the exit record, if there is one
 }
 
@@ -28,6 +29,7 @@ type verdict struct {
 	state   State     // the state it is in; "" leaves it
 	exit    shim.Exit // with StateExited
 	end     bool      // kill what is left of it first
+	ask     bool      // go on asking its shim
 }
 
 // decideContainer is the whole of recovery's wisdom about containers.
@@ -41,6 +43,8 @@ func decideContainer(r containerRow, o observed, now time.Time) verdict {
 		return verdict{state: StateExited, exit: *o.exit, end: !o.sameBoot}
 	case !o.sameBoot:
 		return verdict{state: StateExited, exit: shim.Exit{Code: codeUnknown, At: now, Reason: "the node was rebooted"}}
+	case o.unsure:
+		return verdict{state: r.State, ask: true}
 	case o.status == shim.StatusRunning:
 		return verdict{state: StateRunning}
 	case o.status == shim.StatusCreated:
@@ -50,7 +54,7 @@ func decideContainer(r containerRow, o observed, now time.Time) verdict {
 		return verdict{state: r.State}
 	}
 	return verdict{state: StateExited, end: true,
-		exit: shim.Exit{Code: codeUnknown, At: now, Reason: "the container's shim was lost and the container killed"}}
+		exit: shim.Exit{Code: codeUnknown, At: now, Reason: reasonLost}}
 }
 
 // podObserved is what is found of a pod after a restart.
@@ -83,6 +87,10 @@ func decidePod(r podRow, o podObserved) podVerdict {
 	}
 	return podVerdict{}
 }
+
+// endLimit bounds how long the start waits for the end of what a lost shim has
+// left.
+const endLimit = 5 * time.Second
 
 // connectLimit bounds how long a shim may take to answer a new daemon.
 const connectLimit = 3 * time.Second
@@ -130,12 +138,21 @@ func (s *Service) recoverContainer(ctx context.Context, c *container) error {
 	if v.destroy || v.state == "" {
 		return s.markRemoving(c, v.destroy)
 	}
+	if v.ask {
+		s.bg.Go(func() { s.shimLost(s.ctx, c.ID, nil) })
+		return nil
+	}
 	if v.end {
-		end, cancel := context.WithTimeout(ctx, undoTimeout)
+		end, cancel := context.WithTimeout(ctx, endLimit)
 		defer cancel()
-		if err := s.endContainer(end, c); err != nil {
-			klog.FromContext(ctx).Error(err, "Rest of a container is not ended", "containerID", c.ID)
+		if err := s.endContainer(end, c); err != nil && o.sameBoot {
+			klog.FromContext(ctx).Error(err, "Rest of a container is not ended yet", "containerID", c.ID)
+			s.bg.Go(func() { s.shimLost(s.ctx, c.ID, nil) })
+			return nil
 		}
+	}
+	if client := s.live.get(c.ID); client != nil && v.state == StateCreated {
+		s.bg.Go(func() { s.settle(s.ctx, c.ID, client.client) })
 	}
 	if v.state == c.State {
 		return nil
@@ -168,7 +185,11 @@ func (s *Service) markRemoving(c *container, destroy bool) error {
 func (s *Service) recoverPod(ctx context.Context, p *pod) error {
 	o := podObserved{sameBoot: p.BootID == s.cfg.BootID, pinned: s.pinned(p)}
 	if p.Init && o.sameBoot {
-		o.init = s.observe(ctx, p.ID, p.BootID, filepath.Join(s.bundleDir(p.ID), "exit"), true).status
+		init := s.observe(ctx, p.ID, p.BootID, filepath.Join(s.bundleDir(p.ID), "exit"), true)
+		if o.init = init.status; init.unsure {
+			o.init = shim.StatusRunning
+			s.bg.Go(func() { s.shimLost(s.ctx, p.ID, nil) })
+		}
 	}
 	v := decidePod(p.podRow, o)
 	if !v.destroy && !v.teardown && v.notReady == "" {
@@ -216,19 +237,24 @@ func (s *Service) observe(ctx context.Context, id, boot, exitFile string, ask bo
 	ctx, cancel := context.WithTimeout(ctx, connectLimit)
 	defer cancel()
 	c, err := shim.Connect(ctx, s.socket(id))
+	var st shim.State
+	if err == nil {
+		if st, err = c.State(ctx); err != nil {
+			c.Close()
+		}
+	}
 	if err != nil {
 		if e, err := shim.ReadExit(exitFile); err == nil { // it ended just now
 			o.exit = &e
+			return o
 		}
-		return o
-	}
-	st, err := c.State(ctx)
-	if err != nil {
-		c.Close()
+		o.unsure = s.shimLives(id)
 		return o
 	}
 	o.status = st.Status
-	s.watch(id, s.live.put(id, c))
+	if err := s.follow(id, c); err != nil {
+		o.unsure = true
+	}
 	return o
 }
 

@@ -27,6 +27,7 @@ func TestDecideContainer(t *testing.T) {
 		{"exiting now", containerRow{State: StateRunning}, observed{sameBoot: true, status: shim.StatusExited}, verdict{state: StateRunning}},
 		{"rebooted", containerRow{State: StateRunning}, observed{},
 			verdict{state: StateExited, exit: shim.Exit{Code: 255, At: now, Reason: "the node was rebooted"}}},
+		{"shim too slow to answer", containerRow{State: StateRunning}, observed{sameBoot: true, unsure: true}, verdict{state: StateRunning, ask: true}},
 		{"shim killed", containerRow{State: StateRunning}, observed{sameBoot: true},
 			verdict{state: StateExited, end: true, exit: shim.Exit{Code: 255, At: now, Reason: "the container's shim was lost and the container killed"}}},
 	} {

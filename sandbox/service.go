@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -39,6 +40,10 @@ type Service struct {
 	cancel context.CancelFunc
 	bg     sync.WaitGroup
 	wake   chan struct{} // the janitor has something to do
+
+	undo    sync.Map       // IDs of half made objects whose undo failed
+	resweep atomic.Bool    // a shim was killed in the middle of its work
+	updates [64]sync.Mutex // by ID: updates of one container take turns
 }
 
 // New reads the book, finds out what has become of everything in it and takes

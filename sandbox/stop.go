@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -25,7 +26,7 @@ const killWait = 10 * time.Second
 // one with a shorter timeout wins. That the container does not exist or has
 // exited is no error.
 func (s *Service) StopContainer(ctx context.Context, id string, timeout time.Duration) error {
-	c, err := s.book.view().container(id)
+	c, err := s.book.view().anyContainer(id)
 	if errors.Is(err, ErrNotFound) {
 		return nil
 	}
@@ -42,7 +43,7 @@ func (s *Service) StopContainer(ctx context.Context, id string, timeout time.Dur
 		begun := time.Now()
 		var done bool
 		err := o.steps(ctx, []step{
-			{"signal", func(ctx context.Context) (err error) { done, err = s.terminate(ctx, c, timeout); return err }},
+			{"signal", func(ctx context.Context) (err error) { done, err = s.terminate(ctx, c.ID, timeout); return err }},
 			{"kill", func(ctx context.Context) error {
 				if done {
 					return nil
@@ -59,12 +60,23 @@ func (s *Service) StopContainer(ctx context.Context, id string, timeout time.Dur
 	return err
 }
 
-// terminate asks the container to end and tells whether it did in that time.
-func (s *Service) terminate(ctx context.Context, c *container, timeout time.Duration) (bool, error) {
-	if timeout <= 0 || c.State != StateRunning {
+// terminate asks the container to end and tells whether it did in that time. An
+// error means that the time was not up: the container is left as it is.
+func (s *Service) terminate(ctx context.Context, id string, timeout time.Duration) (bool, error) {
+	if timeout <= 0 {
 		return false, nil
 	}
-	client, err := s.client(ctx, c.ID)
+	if err := s.ops.wait(ctx, "start container", id); err != nil {
+		return false, err
+	}
+	c := s.book.view().containers[id]
+	if c == nil || c.State != StateRunning {
+		return c == nil || c.State == StateExited, nil
+	}
+	client, err := s.client(ctx, id)
+	if errors.Is(err, errClosing) {
+		return false, err
+	}
 	if err != nil {
 		return false, nil // no shim to ask; kill sees to the rest
 	}
@@ -72,24 +84,34 @@ func (s *Service) terminate(ctx context.Context, c *container, timeout time.Dura
 		klog.FromContext(ctx).V(2).Info("Stop signal not sent", "signal", c.StopSignal, "err", err)
 		return false, nil
 	}
-	return s.waitExit(ctx, c.ID, timeout), nil
+	return s.waitExit(ctx, id, timeout)
 }
 
-// waitExit waits until the exit of a container is in the book.
-func (s *Service) waitExit(ctx context.Context, id string, limit time.Duration) bool {
-	h := s.live.get(id)
-	if h == nil {
-		return s.exited(id)
-	}
+// waitExit waits until the exit of a container is in the book and tells whether
+// it is. An error means that it could not wait for so long.
+func (s *Service) waitExit(ctx context.Context, id string, limit time.Duration) (bool, error) {
 	t := time.NewTimer(limit)
 	defer t.Stop()
-	select {
-	case <-h.ended:
-	case <-h.dropped:
-	case <-t.C:
-	case <-ctx.Done():
+	for {
+		h := s.live.get(id)
+		if h == nil || s.exited(id) {
+			return s.exited(id), nil
+		}
+		select {
+		case <-h.ended: // in the book, or the connection is another one by now
+			if s.live.get(id) == h {
+				return s.exited(id), nil
+			}
+		case <-h.dropped:
+			if s.ctx.Err() != nil || s.live.isClosed() {
+				return false, errClosing
+			}
+		case <-t.C:
+			return s.exited(id), nil
+		case <-ctx.Done():
+			return false, ctx.Err()
+		}
 	}
-	return s.exited(id)
 }
 
 func (s *Service) exited(id string) bool {
@@ -104,9 +126,12 @@ func (s *Service) kill(ctx context.Context, id string) error {
 		return nil
 	}
 	client, err := s.client(ctx, id)
-	if err == nil {
-		if err = client.Kill(ctx, int(unix.SIGKILL), true); err == nil && s.waitExit(ctx, id, killWait) {
-			return nil
+	if errors.Is(err, errClosing) {
+		return err
+	}
+	if err == nil && client.Kill(ctx, int(unix.SIGKILL), true) == nil {
+		if done, err := s.waitExit(ctx, id, killWait); done || err != nil {
+			return err
 		}
 	}
 	c := s.book.view().containers[id]
@@ -118,12 +143,15 @@ func (s *Service) kill(ctx context.Context, id string) error {
 		return fmt.Errorf("%w: %w: %s", ErrStuck, err, describe(group))
 	}
 	if s.live.get(id) == nil {
-		s.shimLost(ctx, id)
+		wait, cancel := context.WithTimeout(ctx, killWait)
+		defer cancel()
+		s.shimLost(wait, id, nil)
 	}
-	if !s.waitExit(ctx, id, killWait) {
-		return fmt.Errorf("%w: %s", ErrStuck, describe(group))
+	done, err := s.waitExit(ctx, id, killWait)
+	if err == nil && !done {
+		err = fmt.Errorf("%w: %s", ErrStuck, describe(group))
 	}
-	return nil
+	return err
 }
 
 // describe names the processes that are left and what they wait for.
@@ -151,7 +179,7 @@ func describe(g cgroup.Group) string {
 // RemoveContainer kills the container if it runs and removes all that was made
 // for it. That it does not exist is no error.
 func (s *Service) RemoveContainer(ctx context.Context, id string) error {
-	c, err := s.book.view().container(id)
+	c, err := s.book.view().anyContainer(id)
 	if errors.Is(err, ErrNotFound) {
 		return nil
 	}
@@ -178,21 +206,46 @@ func (s *Service) watch(id string, h *handle) {
 				return
 			default:
 			}
-			s.shimLost(s.ctx, id)
+			s.shimLost(s.ctx, id, h)
 		}
 	})
 }
 
-// markEnded puts an exit into the book, of a container or of a pod's init.
-func (s *Service) markEnded(id string, e shim.Exit) {
-	var err error
-	if _, isPod := s.book.view().pods[id]; isPod {
-		err = s.initEnded(id, e)
-	} else {
-		err = s.markExited(id, e)
+// retryFirst and retryMax are the pauses between tries of what must not be given
+// up: to record an exit, to end what a lost shim has left.
+const (
+	retryFirst = 20 * time.Millisecond
+	retryMax   = 5 * time.Second
+)
+
+// pause sleeps before the next try, longer each time; false if ctx has ended.
+func pause(ctx context.Context, d *time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(*d):
+		*d = min(2**d, retryMax)
+		return true
 	}
-	if err != nil && !errors.Is(err, store.ErrNotFound) {
-		klog.FromContext(s.ctx).Error(err, "Exit not recorded", "id", id, "code", e.Code)
+}
+
+// markEnded puts an exit into the book, of a container or of a pod's init. A book
+// that cannot be written now, on a full disk, is tried again until it can.
+func (s *Service) markEnded(id string, e shim.Exit) {
+	for wait := retryFirst; ; {
+		var err error
+		if _, isPod := s.book.view().pods[id]; isPod {
+			err = s.initEnded(id, e)
+		} else {
+			err = s.markExited(id, e)
+		}
+		if err == nil || errors.Is(err, store.ErrNotFound) {
+			return
+		}
+		klog.FromContext(s.ctx).Error(err, "Exit not recorded yet", "id", id, "code", e.Code)
+		if !pause(s.ctx, &wait) {
+			return
+		}
 	}
 }
 
@@ -243,40 +296,111 @@ func applyExit(r *containerRow, e shim.Exit) {
 // codeUnknown is the exit code of a process whose real one nobody can tell.
 const codeUnknown = 255
 
-// shimLost deals with a shim that went away without having reported an exit: the
-// exit record tells, or else what is left of the container is killed.
-func (s *Service) shimLost(ctx context.Context, id string) {
-	if s.ctx.Err() != nil {
-		return // the daemon is stopping; the shim is well
+// reasonLost is the message of a container whose shim died before it could say
+// anything.
+const reasonLost = "the container's shim was lost and the container killed"
+
+// shimLost deals with a connection that ended without an exit having been told. A
+// shim that lives is connected to again, however long it takes. Of one that is
+// dead the exit record tells, or else what is left of the container is killed. h
+// is the connection that was lost, nil if there was none. It returns when the end
+// is in the book or somebody else follows the shim, or ctx has ended.
+func (s *Service) shimLost(ctx context.Context, id string, h *handle) {
+	log := klog.FromContext(ctx).WithValues("id", id)
+	for wait := retryFirst; ; {
+		if s.ctx.Err() != nil || s.live.get(id) != h {
+			return
+		}
+		c, err := shim.Connect(ctx, s.socket(id))
+		if err == nil {
+			if s.follow(id, c) == nil {
+				s.settle(ctx, id, c)
+				log.Info("Connected to the shim again")
+			}
+			return
+		}
+		if errors.Is(err, shim.ErrGone) && !s.shimLives(id) && s.endLost(ctx, id) {
+			return
+		}
+		if !pause(ctx, &wait) {
+			return
+		}
 	}
-	log := klog.FromContext(ctx)
+}
+
+// shimLives tells whether the shim's process is there.
+func (s *Service) shimLives(id string) bool {
+	if c := s.book.view().containers[id]; c != nil && c.ShimPid != 0 {
+		return shim.Is(c.ShimPid, s.socket(id), id)
+	}
+	shims, err := shim.ListShims(filepath.Dir(s.socket(id)))
+	_, ok := shims[id]
+	return ok || err != nil
+}
+
+// endLost ends what a dead shim has left and records the end. It tells whether
+// that is done.
+func (s *Service) endLost(ctx context.Context, id string) bool {
+	log := klog.FromContext(ctx).WithValues("id", id)
+	undo, cancel := cleanup(ctx, undoTimeout)
+	defer cancel()
 	v := s.book.view()
 	if p, ok := v.pods[id]; ok {
-		log.Info("Shim of a pod's init is gone", "podID", id)
-		undo, cancel := cleanup(ctx, undoTimeout)
-		defer cancel()
 		if err := s.endInit(undo, p); err != nil {
-			log.Error(err, "Init without a shim is not ended", "podID", id)
+			log.Error(err, "Init without a shim is not ended yet")
+			return false
 		}
 		s.markEnded(id, shim.Exit{Code: codeUnknown, At: time.Now(), Reason: "the shim was lost"})
-		return
+		return true
 	}
 	c, ok := v.containers[id]
 	if !ok || c.State == StateExited {
-		return
+		return true
 	}
 	e, err := shim.ReadExit(s.exitFile(id))
 	if err != nil {
-		e = shim.Exit{Code: codeUnknown, At: time.Now(), Reason: "the container's shim was lost and the container killed"}
-		log.Info("Shim of a container is gone", "containerID", id)
+		e = shim.Exit{Code: codeUnknown, At: time.Now(), Reason: reasonLost}
+		log.Info("Shim of a container is gone")
 	}
-	undo, cancel := cleanup(ctx, undoTimeout)
-	defer cancel()
 	if err := s.endContainer(undo, c); err != nil {
-		log.Error(err, "Container without a shim is not ended", "containerID", id)
+		log.Error(err, "Container without a shim is not ended yet")
+		return false
 	}
 	s.markEnded(id, e)
+	return true
 }
+
+// settle brings a container's row up to what its shim says: a start that an
+// earlier daemon began may have ended since.
+func (s *Service) settle(ctx context.Context, id string, c *shim.Client) {
+	for range settlePolls {
+		row := s.book.view().containers[id]
+		if row == nil || row.State != StateCreated {
+			return
+		}
+		st, err := c.State(ctx)
+		if err != nil {
+			return
+		}
+		if st.Status == shim.StatusRunning {
+			if err := s.markRunning(id); err != nil {
+				klog.FromContext(ctx).Error(err, "Start not recorded", "id", id)
+			}
+			return
+		}
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-time.After(settlePoll):
+		}
+	}
+}
+
+// A start that was under way when the daemon died is looked for so often.
+const (
+	settlePolls = 50
+	settlePoll  = 100 * time.Millisecond
+)
 
 // endContainer ends what is left of a container whose shim does not answer.
 func (s *Service) endContainer(ctx context.Context, c *container) error {

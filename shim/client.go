@@ -23,8 +23,8 @@ import (
 // order.
 const maxExecProcess = 8 << 20
 
-// writeTimeout bounds how long one frame may take to be written when the
-// context sets no earlier end. A shim reads promptly or is broken.
+// writeTimeout bounds how long one frame may take to be written. A shim reads
+// promptly or is broken.
 const writeTimeout = 20 * time.Second
 
 // A Client is a connection to one shim. Its methods may be called concurrently.
@@ -232,11 +232,8 @@ func (c *Client) send(ctx context.Context, b []byte, files ...*os.File) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	end := time.Now().Add(writeTimeout)
-	if t, ok := ctx.Deadline(); ok && t.Before(end) {
-		end = t
-	}
-	c.conn.SetWriteDeadline(end)
+	// Not ctx's deadline: half a frame costs all callers the connection.
+	c.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
 	if err := c.write(b, files); err != nil {
 		c.conn.Close()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
