@@ -17,7 +17,7 @@ import (
 const (
 	// maxBehind is how much output may wait for the client of an Attach, for
 	// each stream, before it is cut off.
-	maxBehind = 8 << 20
+	maxBehind = 16 << 20
 	// attachPipe is the size that the pipe from the shim gets, if possible.
 	attachPipe = 1 << 20
 	// busyWait is the pause before input is offered to a shim again that is

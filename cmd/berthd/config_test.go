@@ -77,6 +77,10 @@ func TestConfigErrors(t *testing.T) {
 		"syntax":                     {"log_level = 1\nstate_dir /a\n", 2, ""},
 		"duplicate key":              {"log_level = 1\nlog_level = 2\n", 2, ""},
 		"default runtime":            {"\n\ndefault_runtime = \"crun\"\n", 3, "default_runtime = \"crun\": there is no table [runtimes.crun], only runc"},
+		"stream address":             {"stream_listen = \"localhost:0\"\n", 1, "stream_listen: \"localhost:0\": want an IP address and a port"},
+		"streams to the world":       {"stream_listen = \"0.0.0.0:0\"\n", 1, "stream_listen = \"0.0.0.0:0\": not a loopback address, which needs stream_cert_file"},
+		"certificate without key":    {"stream_cert_file = \"/a\"\nstream_key_file = \"\"\n", 2, "stream_key_file = \"\": stream_cert_file is \"/a\"; want both or neither"},
+		"idle timeout":               {"stream_idle_timeout = \"0s\"\n", 1, "stream_idle_timeout: 0s: want 1s to 720h"},
 		"same directories":           {"state_dir = \"/a\"\nrun_dir = \"/a\"\n", 2, "run_dir = \"/a\" is state_dir as well"},
 	} {
 		t.Run(name, func(t *testing.T) {
