@@ -16,8 +16,11 @@ import (
 
 const (
 	// maxBehind is how much output may wait for the client of an Attach, for
-	// each stream, before it is cut off.
+	// each stream. If it does not take half of that within catchUp then, it is
+	// cut off. catchUp is less than the shim waits for the pipe, so the
+	// container is held up by clients only that read tens of MiB a second.
 	maxBehind = 16 << 20
+	catchUp   = 150 * time.Millisecond
 	// attachPipe is the size that the pipe from the shim gets, if possible.
 	attachPipe = 1 << 20
 	// busyWait is the pause before input is offered to a shim again that is
@@ -46,8 +49,8 @@ func (s *Service) CheckAttach(id string, stdin, tty bool) error {
 // it sends goes to the container's input. It returns when the container's
 // output has ended, or the input if no output is wanted, or when ctx has ended.
 //
-// The container does not wait for a client: one that lags maxBehind bytes behind
-// gets ErrSlow. If the container was configured with stdin_once, the input ends
+// The container does not wait for a slow client: one that is maxBehind bytes
+// behind and does not catch up gets ErrSlow. If the container was configured with stdin_once, the input ends
 // for good with the first client that has it.
 func (s *Service) Attach(ctx context.Context, id string, st Streams) error {
 	if err := s.CheckAttach(id, st.In != nil, st.TTY); err != nil {
@@ -200,6 +203,13 @@ type relay struct {
 	queue  [][]byte
 	size   int
 	closed bool
+	room   chan struct{} // written to when not more than half of maxBehind waits
+}
+
+func newRelay(f *os.File, to io.WriteCloser) *relay {
+	r := &relay{f: f, to: to, room: make(chan struct{}, 1)}
+	r.more = sync.NewCond(&r.mu)
+	return r
 }
 
 func openRelays(st Streams, req *shim.AttachRequest) ([]*relay, error) {
@@ -214,9 +224,7 @@ func openRelays(st Streams, req *shim.AttachRequest) ([]*relay, error) {
 		}
 		// Without the privilege for that it stays as it is.
 		_, _ = unix.FcntlInt(w.Fd(), unix.F_SETPIPE_SZ, attachPipe)
-		y := &relay{f: r, to: to}
-		y.more = sync.NewCond(&y.mu)
-		relays, *theirs = append(relays, y), w
+		relays, *theirs = append(relays, newRelay(r, to)), w
 		return nil
 	}
 	err := errors.Join(add(st.Out, &req.Stdout), add(st.Err, &req.Stderr))
@@ -250,14 +258,35 @@ func (r *relay) read(slow chan<- struct{}) {
 	}
 }
 
+// push queues p, or returns false when the client does not catch up.
 func (r *relay) push(p []byte) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.size+len(p) > maxBehind {
+	if r.waiting()+len(p) > maxBehind && !r.caughtUp() {
 		return false
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.queue, r.size = append(r.queue, p), r.size+len(p)
 	r.more.Signal()
+	return true
+}
+
+func (r *relay) waiting() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.size
+}
+
+// caughtUp gives the client a moment.
+func (r *relay) caughtUp() bool {
+	t := time.NewTimer(catchUp)
+	defer t.Stop()
+	for r.waiting() > maxBehind/2 {
+		select {
+		case <-r.room: // perhaps of long ago
+		case <-t.C:
+			return false
+		}
+	}
 	return true
 }
 
@@ -295,7 +324,14 @@ func (r *relay) write() {
 		_, err := r.to.Write(p)
 		r.mu.Lock()
 		r.size -= len(p)
+		room := r.size <= maxBehind/2
 		r.mu.Unlock()
+		if room {
+			select {
+			case r.room <- struct{}{}:
+			default:
+			}
+		}
 		if err != nil {
 			r.f.Close() // nobody is there for it
 			return
