@@ -36,6 +36,7 @@ type node struct {
 	networkReady error
 	driver       string
 	podState     runtime.PodSandboxState
+	begun        chan bool  // gets that the fake's command "hang" runs
 	hung         chan error // gets why the fake's command "hang" ended
 }
 
@@ -45,6 +46,7 @@ func newNode() *node {
 		containers: map[string]*runtime.ContainerConfig{},
 		images:     map[string]imageservice.Image{},
 		driver:     "cgroupfs",
+		begun:      make(chan bool, 16),
 		hung:       make(chan error, 16),
 	}
 }

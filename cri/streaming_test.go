@@ -42,6 +42,7 @@ func (n *node) Exec(ctx context.Context, id string, cmd []string, s sandbox.Stre
 		_, err := io.WriteString(s.Err, "sorry")
 		return 7, err
 	case "hang":
+		n.begun <- true
 		<-ctx.Done()
 		n.hung <- ctx.Err()
 		return 0, ctx.Err()
@@ -59,6 +60,7 @@ func (n *node) PortForward(ctx context.Context, _ string, port int32, s io.ReadW
 		return errors.New("connection refused")
 	}
 	if port == 2 {
+		n.begun <- true
 		<-ctx.Done()
 		n.hung <- ctx.Err()
 		return nil
@@ -202,8 +204,12 @@ func TestStreamClientGone(t *testing.T) {
 			t.Fatalf("%s: the session goes on", what)
 		}
 	}
+	// A client that goes before its command runs leaves nothing to end.
+	begun := func() { <-e.node.begun }
 	for _, p := range protocols {
-		mustSession(t, p, e.execURL(t, id, false, "hang"), false).Close()
+		s := mustSession(t, p, e.execURL(t, id, false, "hang"), false)
+		begun()
+		s.Close()
 		hung(p)
 	}
 	// One that has sent more than the command takes: its end is behind that.
@@ -211,6 +217,7 @@ func TestStreamClientGone(t *testing.T) {
 	if _, err := s.In.Write(make([]byte, 1<<16)); err != nil {
 		t.Fatal(err)
 	}
+	begun()
 	time.Sleep(50 * time.Millisecond)
 	s.Close()
 	for deadline := time.Now().Add(20 * time.Second); len(e.node.hung) == 0 && time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
@@ -225,10 +232,11 @@ func TestStreamClientGone(t *testing.T) {
 	if _, _, err := f.Open(2); err != nil {
 		t.Fatal(err)
 	}
+	begun()
 	f.Close()
 	hung("port forward")
 	mustSession(t, stream.SPDY, e.execURL(t, id, false, "hang"), false)
-	time.Sleep(50 * time.Millisecond)
+	begun()
 	stop()
 	hung("server's end")
 }
