@@ -375,6 +375,12 @@ func TestStreamAttachAndForward(t *testing.T) {
 			}
 		}
 		_, fault, err := f.Open(1)
+		for range 10 { // a port that refuses at once may be reset before Open returns
+			if err == nil {
+				break
+			}
+			_, fault, err = f.Open(1)
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
