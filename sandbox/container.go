@@ -44,16 +44,19 @@ func (s *Service) CreateContainer(ctx context.Context, podID string, cfg *runtim
 	if err != nil {
 		return "", err
 	}
-	plan, err := s.planContainer(p, cfg, podCfg)
-	if err != nil {
-		return "", err
-	}
 	key := containerKey(p.ID, cfg)
 	return s.ops.do(ctx, "create container", key, s.cfg.ContainerTimeout, func(ctx context.Context, o *op) (string, error) {
 		for _, c := range s.book.view().byPod[p.ID] {
 			if c.listed() && c.State != StateExited && containerKey(p.ID, c.config) == key {
 				return c.ID, nil
 			}
+		}
+		// Here, not before: it looks at paths of the host, of which one on a
+		// dead network file system may hang.
+		o.enter("plan")
+		plan, err := s.planContainer(p, cfg, podCfg)
+		if err != nil {
+			return "", err
 		}
 		return s.createContainer(ctx, o, plan)
 	})
@@ -340,6 +343,11 @@ func (s *Service) launchOf(id, bundle string, rt *ociRuntime, group cgroup.Group
 
 // created makes the container usable, unless its pod was stopped meanwhile.
 func (s *Service) created(plan *containerPlan, launched shim.Launched) error {
+	note := plan.row
+	note.State, note.Pid, note.ShimPid = StateCreated, launched.Pid, launched.ShimPID
+	if err := writeNote(s.bundleDir(note.ID), note); err != nil {
+		return err
+	}
 	_, err := s.book.updateContainer(plan.row.ID, func(tx *store.Tx, r *containerRow) error {
 		if err := podReady(tx, r.PodID); err != nil {
 			return err
@@ -351,10 +359,7 @@ func (s *Service) created(plan *containerPlan, launched shim.Launched) error {
 		r.ShimPid, r.User = launched.ShimPID, plan.row.User
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	return s.writeNote(plan.row.ID)
+	return err
 }
 
 // StartContainer runs what was created. One that runs already is no error.
@@ -386,13 +391,7 @@ func (s *Service) startContainer(ctx context.Context, o *op, id string) error {
 	}
 	log, ctx := logFor(ctx, "pod", podKey(p.config), "container", c.config.GetMetadata().GetName(), "containerID", id)
 	err = o.steps(ctx, []step{
-		{"start", func(ctx context.Context) error {
-			client, err := s.client(ctx, id)
-			if err != nil {
-				return err
-			}
-			return startOnce(ctx, client)
-		}},
+		{"start", func(ctx context.Context) error { return s.startOnce(ctx, id) }},
 		{"running", func(context.Context) error { return s.markRunning(id) }},
 	})
 	if err != nil {
@@ -407,26 +406,43 @@ func (s *Service) startContainer(ctx context.Context, o *op, id string) error {
 const startPoll = 10 * time.Millisecond
 
 // startOnce starts the container unless it has been: a daemon that was killed
-// while the runtime started it has left the rest of the way to its successor.
-func startOnce(ctx context.Context, client *shim.Client) error {
+// while the runtime started it has left the rest of the way to its successor. A
+// connection that breaks meanwhile is made again.
+func (s *Service) startOnce(ctx context.Context, id string) error {
 	for {
-		err := client.Start(ctx)
-		if !errors.Is(err, shim.ErrState) {
+		err := s.tryStart(ctx, id)
+		switch {
+		case err == nil || errors.Is(err, errClosing):
+			return err
+		case errors.Is(err, shim.ErrGone) && s.shimLives(id):
+		case errors.Is(err, errStarting): // the runtime is at it
+		default:
 			return err
 		}
-		st, e := client.State(ctx)
-		if e != nil {
-			return errors.Join(err, e)
-		}
-		if st.Status != shim.StatusCreated {
-			return nil // it runs, or ran
-		}
-		select { // the runtime is at it
+		select {
 		case <-ctx.Done():
 			return fmt.Errorf("%w: %w", err, ctx.Err())
 		case <-time.After(startPoll):
 		}
 	}
+}
+
+var errStarting = errors.New("container is being started")
+
+func (s *Service) tryStart(ctx context.Context, id string) error {
+	client, err := s.client(ctx, id)
+	if err != nil {
+		return err
+	}
+	err = client.Start(ctx)
+	if !errors.Is(err, shim.ErrState) {
+		return err
+	}
+	st, err := client.State(ctx)
+	if err == nil && st.Status == shim.StatusCreated {
+		err = errStarting
+	}
+	return err // without one, it runs, or ran
 }
 
 // markRunning records the start. A process that has ended already, and whose exit
@@ -435,7 +451,7 @@ func (s *Service) markRunning(id string) error {
 	_, err := s.book.updateContainer(id, func(_ *store.Tx, r *containerRow) error {
 		switch r.State {
 		case StateCreated:
-			r.State = StateRunning
+			r.State, r.Reason, r.Message = StateRunning, "", ""
 			r.Started = after(r.Created)
 		case StateExited:
 			if r.Started == 0 {
@@ -454,6 +470,9 @@ const reasonStart = "StartError"
 // startFailed ends a container that could not be started. The kubelet makes a
 // new one instead of starting it again.
 func (s *Service) startFailed(ctx context.Context, id string, cause error) {
+	if errors.Is(cause, errClosing) || s.live.isClosed() {
+		return // the daemon is stopping; its successor sees what has become of it
+	}
 	undo, cancel := cleanup(ctx, undoTimeout)
 	defer cancel()
 	_, err := s.book.updateContainer(id, func(_ *store.Tx, r *containerRow) error {
@@ -462,10 +481,7 @@ func (s *Service) startFailed(ctx context.Context, id string, cause error) {
 		}
 		return nil
 	})
-	if err == nil {
-		err = s.kill(undo, id)
-	}
-	if err != nil && !errors.Is(err, store.ErrNotFound) {
+	if err = errors.Join(err, s.kill(undo, id)); ignoreGone(err) != nil {
 		klog.FromContext(ctx).Error(err, "Container that did not start is not ended")
 	}
 }

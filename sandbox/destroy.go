@@ -62,6 +62,15 @@ func (s *Service) teardown(ctx context.Context, o *op, id string) error {
 		}
 		return nil
 	})
+	return ignoreGone(err)
+}
+
+// ignoreGone forgives that a row is gone: somebody else, a RemovePod beside a
+// StopPod, has come to the same end.
+func ignoreGone(err error) error {
+	if errors.Is(err, store.ErrNotFound) {
+		return nil
+	}
 	return err
 }
 
@@ -153,7 +162,7 @@ func (s *Service) detach(ctx context.Context, p *pod) error {
 		return &detachError{err}
 	}
 	_, err := s.book.updatePod(p.ID, func(r *podRow) error { r.Attached = false; return nil })
-	return err
+	return ignoreGone(err)
 }
 
 // killContainers makes sure that no container of the pod runs, also one that is
@@ -204,10 +213,7 @@ func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error 
 	if err != nil {
 		return err
 	}
-	rt, err := s.handler(c.Handler)
-	if err != nil {
-		return err
-	}
+	rt := s.runtimeOf(c.Handler)
 	err = o.steps(ctx, []step{
 		{"process", func(ctx context.Context) error {
 			return s.endProcesses(ctx, rt, id, c.ShimPid, s.hier.Group(s.cfg.CgroupDriver, c.CgroupPath))
@@ -255,7 +261,7 @@ func (s *Service) endProcesses(ctx context.Context, rt *ociRuntime, id string, s
 		return err
 	}
 	if group.Exists() {
-		if err := group.Kill(ctx); err != nil {
+		if err := killGroup(ctx, group); err != nil {
 			return fmt.Errorf("cgroup: %w", err)
 		}
 	}
@@ -274,6 +280,14 @@ func (s *Service) endProcesses(ctx context.Context, rt *ociRuntime, id string, s
 		return fmt.Errorf("cgroup: %w", err)
 	}
 	return nil
+}
+
+// killGroup kills a cgroup, in bounded time: what does not die of SIGKILL does
+// not die of waiting.
+func killGroup(ctx context.Context, group cgroup.Group) error {
+	ctx, cancel := context.WithTimeout(ctx, killWait)
+	defer cancel()
+	return group.Kill(ctx)
 }
 
 // shimGrace is how long a shim may take to end by itself.

@@ -47,6 +47,7 @@ func (s *Service) makeInit(ctx context.Context, o *op, p *pod) error {
 	if err != nil {
 		return err
 	}
+	unfinished := p.Init
 	p, err = s.book.updatePod(p.ID, func(r *podRow) error {
 		if r.Stopping || r.Removing {
 			return fmt.Errorf("%w: pod %s is being stopped", ErrState, r.ID)
@@ -60,7 +61,12 @@ func (s *Service) makeInit(ctx context.Context, o *op, p *pod) error {
 	var launched shim.Launched
 	err = o.steps(ctx, []step{
 		// What is left of an init that was not finished has the same ID.
-		{"clear", func(ctx context.Context) error { return s.clearInit(ctx, p) }},
+		{"clear", func(ctx context.Context) error {
+			if !unfinished {
+				return nil
+			}
+			return s.clearInit(ctx, p)
+		}},
 		{"bundle", func(context.Context) error { return s.writeInitBundle(p) }},
 		{"launch", func(ctx context.Context) (err error) { launched, err = s.launchInit(ctx, p, rt); return err }},
 		{"start", func(ctx context.Context) error {
@@ -178,19 +184,15 @@ func (s *Service) destroyInit(ctx context.Context, p *pod) error {
 	}
 	s.live.drop(p.ID)
 	_, err := s.book.updatePod(p.ID, func(r *podRow) error { r.Init, r.InitPid = false, 0; return nil })
-	return err
+	return ignoreGone(err)
 }
 
 func (s *Service) endInit(ctx context.Context, p *pod) error {
-	rt, err := s.handler(p.Handler)
-	if err != nil {
-		return err
-	}
 	_, group, err := s.initPath(p)
 	if err != nil {
 		return err
 	}
-	return s.endProcesses(ctx, rt, p.ID, 0, group)
+	return s.endProcesses(ctx, s.runtimeOf(p.Handler), p.ID, 0, group)
 }
 
 // initEnded: without its init a pod's PID namespace is dead, so it is not ready.

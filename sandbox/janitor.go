@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,9 +27,12 @@ const (
 // runtime may have made since.
 const resweepAfter = 2 * time.Second
 
-// sweepNetworkLimit bounds the sweep of the network, while which no pod can be
-// attached.
-const sweepNetworkLimit = 20 * time.Second
+// sweepNetworkLimit bounds the sweep of the network, and sweepLimit that of one
+// thing: the janitor has other work.
+const (
+	sweepNetworkLimit = 20 * time.Second
+	sweepLimit        = 30 * time.Second
+)
 
 // kick tells the janitor that there is something to do.
 func (s *Service) kick() {
@@ -115,7 +119,8 @@ func (s *Service) finish(ctx context.Context) (left bool) {
 	}
 	err := errors.Join(
 		parallel(containers, 8, func(c *container) error { return s.destroyContainerOp(ctx, c.ID) }),
-		parallel(pods, 8, func(p *pod) error {
+		// Few at a time: plugins that hang must not take all the room from others.
+		parallel(pods, 2, func(p *pod) error {
 			if s.due(p.ID, p.Removing) {
 				return s.destroyPodOp(ctx, p.ID)
 			}
@@ -143,17 +148,24 @@ func (s *Service) finish(ctx context.Context) (left bool) {
 	return left
 }
 
-// forgetRebuild ends the special care for a rebuilt book when none of the
-// containers is left whose layers it cannot name.
+// forgetRebuild ends the special care for a rebuilt book when no container is left
+// whose layers it cannot name.
 func (s *Service) forgetRebuild() {
-	if s.deps.Store.Rebuilt() && len(s.book.view().containers) == 0 {
-		if err := s.deps.Store.ClearRebuilt(); err != nil {
-			klog.FromContext(s.ctx).Error(err, "Mark of the rebuilt book not removed")
+	if !s.deps.Store.Rebuilt() {
+		return
+	}
+	for id := range s.book.view().containers {
+		if _, err := s.deps.Snapshots.Stat(s.ctx, id); err != nil {
 			return
 		}
-		if err := s.cleanSnapshots(s.ctx); err != nil {
-			klog.FromContext(s.ctx).Error(err, "Snapshots not swept")
-		}
+	}
+	log := klog.FromContext(s.ctx)
+	if err := s.deps.Store.ClearRebuilt(); err != nil {
+		log.Error(err, "Mark of the rebuilt book not removed")
+		return
+	}
+	if err := s.cleanSnapshots(s.ctx); err != nil {
+		log.Error(err, "Snapshots not swept")
 	}
 }
 
@@ -165,41 +177,49 @@ func (s *Service) sweep(ctx context.Context) error {
 		return v.pods[id] != nil || v.containers[id] != nil
 	}
 	var errs []error
-	gone := func(kind, id string, undo func() error) {
+	gone := func(kind, id string, undo func(context.Context) error) {
 		if !validID(id) || known(id) {
 			return
 		}
 		klog.FromContext(ctx).Info("Sweeping what nobody owns", "kind", kind, "id", id)
-		errs = append(errs, undo())
+		ctx, cancel := context.WithTimeout(ctx, sweepLimit)
+		defer cancel()
+		errs = append(errs, undo(ctx))
 	}
 	shims, err := shim.ListShims(filepath.Join(s.cfg.RunDir, "s"))
 	errs = append(errs, err)
 	for id, pid := range shims {
-		gone("shim", id, func() error { return s.endShim(ctx, id, pid) })
+		gone("shim", id, func(ctx context.Context) error { return s.endShim(ctx, id, pid) })
 	}
-	for _, rt := range s.runtimes {
+	handlers := names(filepath.Join(s.cfg.RunDir, "oci")) // also of those that left the configuration
+	for name := range s.runtimes {
+		handlers = append(handlers, name)
+	}
+	slices.Sort(handlers)
+	for _, name := range slices.Compact(handlers) {
+		rt := s.runtimeOf(name)
 		for _, id := range rt.ids() {
-			gone("runtime state", id, func() error { return rt.delete(ctx, id) })
+			gone("runtime state", id, func(ctx context.Context) error { return rt.delete(ctx, id) })
 		}
 	}
 	for _, id := range names(filepath.Join(s.cfg.RunDir, "s")) {
-		gone("socket", id, func() error { return os.Remove(s.socket(id)) })
+		gone("socket", id, func(context.Context) error { return os.Remove(s.socket(id)) })
 	}
 	for _, id := range names(filepath.Join(s.cfg.RunDir, "c")) {
-		gone("bundle", id, func() error { return s.removeBundle(id) })
+		gone("bundle", id, func(context.Context) error { return s.removeBundle(id) })
 	}
 	for _, id := range names(filepath.Join(s.cfg.StateDir, "containers")) {
-		gone("container state", id, func() error { return os.RemoveAll(s.stateDir(id)) })
+		gone("container state", id, func(context.Context) error { return os.RemoveAll(s.stateDir(id)) })
 	}
 	errs = append(errs, s.sweepSnapshots(ctx, gone), s.sweepNetwork(ctx, gone))
 	for _, id := range names(filepath.Join(s.cfg.RunDir, "pods")) {
-		gone("pod files", id, func() error { return s.removePodFiles(id) })
+		gone("pod files", id, func(context.Context) error { return s.removePodFiles(id) })
 	}
 	s.sweepCgroups(known)
 	return errors.Join(errs...)
 }
 
-func (s *Service) sweepSnapshots(ctx context.Context, gone func(kind, id string, undo func() error)) error {
+func (s *Service) sweepSnapshots(ctx context.Context, gone func(kind, id string, undo func(context.Context) error)) error {
 	if s.deps.Store.Rebuilt() {
 		return nil
 	}
@@ -211,7 +231,7 @@ func (s *Service) sweepSnapshots(ctx context.Context, gone func(kind, id string,
 		return nil
 	})
 	for _, k := range keys {
-		gone("snapshot", k, func() error { return s.deps.Snapshots.Remove(ctx, k) })
+		gone("snapshot", k, func(ctx context.Context) error { return s.deps.Snapshots.Remove(ctx, k) })
 	}
 	return errors.Join(err, s.cleanSnapshots(ctx))
 }
@@ -226,15 +246,13 @@ func (s *Service) cleanSnapshots(ctx context.Context) error {
 
 // sweepNetwork detaches what the network plugins hold for pods that are not in
 // the book, tells them which pods there are, and removes left-over pins after.
-func (s *Service) sweepNetwork(ctx context.Context, gone func(kind, id string, undo func() error)) error {
+func (s *Service) sweepNetwork(ctx context.Context, gone func(kind, id string, undo func(context.Context) error)) error {
 	ctx, cancel := context.WithTimeout(ctx, sweepNetworkLimit)
 	defer cancel()
-	// What is attached from here on would not be among those to keep.
-	s.attaching.Lock()
-	defer s.attaching.Unlock()
+	// What is attached from here on the network keeps by itself (cni.Network.GC).
 	attached, err := s.deps.Network.Attachments()
 	for _, id := range attached {
-		gone("network attachment", id, func() error { return s.deps.Network.Detach(ctx, cni.Pod{ID: id}) })
+		gone("network attachment", id, func(ctx context.Context) error { return s.deps.Network.Detach(ctx, cni.Pod{ID: id}) })
 	}
 	var keep []cni.Pod
 	for _, p := range s.book.view().pods {
@@ -245,7 +263,7 @@ func (s *Service) sweepNetwork(ctx context.Context, gone func(kind, id string, u
 	gc := s.deps.Network.GC(ctx, keep)
 	pins, e := s.deps.Pins.List()
 	for _, id := range pins {
-		gone("namespaces", id, func() error { return s.deps.Pins.Destroy(id) })
+		gone("namespaces", id, func(context.Context) error { return s.deps.Pins.Destroy(id) })
 	}
 	return errors.Join(err, gc, e)
 }

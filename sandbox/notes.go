@@ -24,14 +24,6 @@ func (s *Service) writePodNote(id string) error {
 	return writeNote(s.podDir(id), r)
 }
 
-func (s *Service) writeNote(id string) error {
-	c, ok := s.book.view().containers[id]
-	if !ok {
-		return ErrNotFound
-	}
-	return writeNote(s.bundleDir(id), c.containerRow)
-}
-
 func writeNote(dir string, row any) error {
 	text, err := json.Marshal(row)
 	if err != nil {

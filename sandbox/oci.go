@@ -46,7 +46,8 @@ type runtimeFacts struct {
 const (
 	probeTimeout   = 5 * time.Second
 	probeAgain     = 5 * time.Second // after a failed probe
-	maxRuntimeText = 256 << 10       // bytes of output kept
+	gentleTimeout  = 10 * time.Second
+	maxRuntimeText = 256 << 10 // bytes of output kept
 )
 
 // probe returns the facts about the runtime. A failed probe is tried again after
@@ -149,7 +150,9 @@ func (r *ociRuntime) delete(ctx context.Context, id string) error {
 	}
 	// Without --force first: with it, runc sleeps for 100 ms before it looks
 	// whether the container is dead.
-	if _, err := output(ctx, nil, bin, r.args("delete", id)...); err == nil {
+	gentle, cancel := context.WithTimeout(ctx, gentleTimeout)
+	defer cancel()
+	if _, err := output(gentle, nil, bin, r.args("delete", id)...); err == nil {
 		return nil
 	}
 	if _, err := output(ctx, nil, bin, r.args("delete", "--force", id)...); err != nil {
@@ -262,6 +265,16 @@ func (s *Service) handler(name string) (*ociRuntime, error) {
 		return nil, fmt.Errorf("%w: runtime_handler %q: not in the configuration", ErrUnknownHandler, name)
 	}
 	return r, nil
+}
+
+// runtimeOf is the runtime that an object was made with. One that has gone from
+// the configuration since is a program that cannot be run, so that the object can
+// still be undone, by its cgroup and by hand.
+func (s *Service) runtimeOf(name string) *ociRuntime {
+	if r, err := s.handler(name); err == nil {
+		return r
+	}
+	return &ociRuntime{handler: name, path: "/nonexistent/" + name, root: filepath.Join(s.cfg.RunDir, "oci", name)}
 }
 
 // RuntimeReady tells why no container can be run with the default runtime; nil

@@ -227,8 +227,6 @@ func (s *Service) attach(ctx context.Context, p *pod) (*pod, error) {
 	if p.HostNetwork {
 		return p, nil
 	}
-	s.attaching.RLock()
-	defer s.attaching.RUnlock()
 	p, err := s.book.updatePod(p.ID, func(r *podRow) error { r.Attached = true; return nil })
 	if err != nil {
 		return p, err

@@ -125,7 +125,8 @@ func (s *Service) recover(ctx context.Context) error {
 		parallel(containers, 32, func(c *container) error { return s.recoverContainer(ctx, c) }),
 		parallel(pods, 32, func(p *pod) error { return s.recoverPod(ctx, p) }))
 	if err != nil {
-		return err
+		// Not fatal: a node with a full disk has to come up to be emptied.
+		log.Error(err, "Some states are not recorded yet")
 	}
 	log.Info("State recovered", "pods", len(pods), "containers", len(containers), "took", time.Since(begun))
 	s.kick()
@@ -164,12 +165,18 @@ func (s *Service) recoverContainer(ctx context.Context, c *container) error {
 			applyExit(r, v.exit)
 		default:
 			r.State = v.state
-			if v.state == StateRunning && r.Started == 0 {
-				r.Started = after(r.Created)
+			if v.state == StateRunning {
+				r.Reason, r.Message = "", ""
+				if r.Started == 0 {
+					r.Started = after(r.Created)
+				}
 			}
 		}
 		return nil
 	})
+	if err != nil && v.state == StateExited {
+		s.bg.Go(func() { s.markEnded(c.ID, v.exit) })
+	}
 	return err
 }
 

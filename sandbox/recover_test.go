@@ -75,9 +75,12 @@ func TestApplyExit(t *testing.T) {
 		{"killed", containerRow{State: StateRunning}, shim.Exit{Code: 137, Signal: 9, At: at}, 137, "Error"},
 		{"out of memory", containerRow{State: StateRunning}, shim.Exit{Code: 137, Signal: 9, OOMKilled: true, At: at}, 137, "OOMKilled"},
 		{"not started", containerRow{State: StateCreated, Reason: reasonStart}, shim.Exit{Code: 137, At: at}, 128, "StartError"},
+		{"started after all", containerRow{State: StateRunning, Reason: reasonStart}, shim.Exit{Code: 7, At: at}, 7, "Error"},
 	} {
 		r := tc.row
-		r.Started = at.Add(time.Hour).UnixNano() // the clock went back
+		if r.State == StateRunning {
+			r.Started = at.Add(time.Hour).UnixNano() // the clock went back
+		}
 		applyExit(&r, tc.exit)
 		if r.State != StateExited || r.ExitCode != tc.code || r.Reason != tc.reason {
 			t.Errorf("%s: got state %s, code %d, reason %q; want exited, %d, %q", tc.name, r.State, r.ExitCode, r.Reason, tc.code, tc.reason)

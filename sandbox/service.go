@@ -31,10 +31,6 @@ type Service struct {
 	stats    *statsCache
 	forwards *forwards
 
-	// attaching is held for reading while a pod is attached to its networks,
-	// and for writing while the network is swept.
-	attaching sync.RWMutex
-
 	// ctx is the life of background work; closing ends it.
 	ctx    context.Context
 	cancel context.CancelFunc

@@ -84,6 +84,9 @@ func (s *Service) ContainerStats(ctx context.Context, id string) (*runtime.Conta
 // filter; nil matches all.
 func (s *Service) ListContainerStats(ctx context.Context, f *runtime.ContainerStatsFilter) ([]*runtime.ContainerStats, error) {
 	out := []*runtime.ContainerStats{}
+	// One limit for all: first walks of many writable layers do not add up.
+	ctx, cancel := context.WithTimeout(ctx, firstWalk)
+	defer cancel()
 	for _, c := range s.matching(f.GetId(), f.GetPodSandboxId(), f.GetLabelSelector()) {
 		if c.State != StateRunning {
 			continue

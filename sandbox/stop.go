@@ -66,25 +66,45 @@ func (s *Service) terminate(ctx context.Context, id string, timeout time.Duratio
 	if timeout <= 0 {
 		return false, nil
 	}
-	if err := s.ops.wait(ctx, "start container", id); err != nil {
+	grace, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	if err := s.ops.wait(grace, "start container", id); err != nil && ctx.Err() != nil {
 		return false, err
 	}
 	c := s.book.view().containers[id]
 	if c == nil || c.State != StateRunning {
 		return c == nil || c.State == StateExited, nil
 	}
-	client, err := s.client(ctx, id)
-	if errors.Is(err, errClosing) {
-		return false, err
-	}
-	if err != nil {
-		return false, nil // no shim to ask; kill sees to the rest
-	}
-	if err := client.Kill(ctx, c.StopSignal, false); err != nil {
+	begun := time.Now()
+	for wait := retryFirst; ; {
+		err := s.signal(grace, id, c.StopSignal)
+		if err == nil || errors.Is(err, shim.ErrState) {
+			break
+		}
+		if errors.Is(err, errClosing) {
+			return false, err
+		}
 		klog.FromContext(ctx).V(2).Info("Stop signal not sent", "signal", c.StopSignal, "err", err)
-		return false, nil
+		// A connection that broke is no reason to skip the grace period.
+		if !s.shimLives(id) || !pause(grace, &wait) {
+			return s.exited(id), ctx.Err()
+		}
 	}
-	return s.waitExit(ctx, id, timeout)
+	return s.waitExit(ctx, id, timeout-time.Since(begun))
+}
+
+// shimAnswer bounds how long a shim may take to send a signal.
+const shimAnswer = 3 * time.Second
+
+// signal has the shim send a signal to the container's init.
+func (s *Service) signal(ctx context.Context, id string, sig int) error {
+	ctx, cancel := context.WithTimeout(ctx, shimAnswer)
+	defer cancel()
+	client, err := s.client(ctx, id)
+	if err != nil {
+		return err
+	}
+	return client.Kill(ctx, sig, false)
 }
 
 // waitExit waits until the exit of a container is in the book and tells whether
@@ -125,11 +145,9 @@ func (s *Service) kill(ctx context.Context, id string) error {
 	if s.exited(id) {
 		return nil
 	}
-	client, err := s.client(ctx, id)
-	if errors.Is(err, errClosing) {
+	if err := s.killByShim(ctx, id); errors.Is(err, errClosing) {
 		return err
-	}
-	if err == nil && client.Kill(ctx, int(unix.SIGKILL), true) == nil {
+	} else if err == nil {
 		if done, err := s.waitExit(ctx, id, killWait); done || err != nil {
 			return err
 		}
@@ -139,8 +157,16 @@ func (s *Service) kill(ctx context.Context, id string) error {
 		return nil
 	}
 	group := s.hier.Group(s.cfg.CgroupDriver, c.CgroupPath)
-	if err := group.Kill(ctx); err != nil {
+	if err := killGroup(ctx, group); err != nil {
 		return fmt.Errorf("%w: %w: %s", ErrStuck, err, describe(group))
+	}
+	// Nothing of the container is alive. A shim that does not tell so soon does
+	// not work any more; whoever follows it records the end.
+	if done, err := s.waitExit(ctx, id, shimAnswer); done || err != nil {
+		return err
+	}
+	if err := s.killShim(ctx, id, c.ShimPid); err != nil {
+		return fmt.Errorf("shim: %w", err)
 	}
 	if s.live.get(id) == nil {
 		wait, cancel := context.WithTimeout(ctx, killWait)
@@ -152,6 +178,17 @@ func (s *Service) kill(ctx context.Context, id string) error {
 		err = fmt.Errorf("%w: %s", ErrStuck, describe(group))
 	}
 	return err
+}
+
+// killByShim has the shim kill all of the container.
+func (s *Service) killByShim(ctx context.Context, id string) error {
+	ctx, cancel := context.WithTimeout(ctx, shimAnswer)
+	defer cancel()
+	client, err := s.client(ctx, id)
+	if err != nil {
+		return err
+	}
+	return client.Kill(ctx, int(unix.SIGKILL), true)
 }
 
 // describe names the processes that are left and what they wait for.
@@ -277,7 +314,7 @@ func (s *Service) markExited(id string, e shim.Exit) error {
 func applyExit(r *containerRow, e shim.Exit) {
 	r.Finished = max(e.At.UnixNano(), r.Started+1, r.Created+1)
 	r.State, r.Pid = StateExited, 0
-	if r.Reason == reasonStart {
+	if r.Reason == reasonStart && r.Started == 0 {
 		r.ExitCode = 128
 		return
 	}
@@ -404,9 +441,5 @@ const (
 
 // endContainer ends what is left of a container whose shim does not answer.
 func (s *Service) endContainer(ctx context.Context, c *container) error {
-	rt, err := s.handler(c.Handler)
-	if err != nil {
-		return err
-	}
-	return s.endProcesses(ctx, rt, c.ID, c.ShimPid, s.hier.Group(s.cfg.CgroupDriver, c.CgroupPath))
+	return s.endProcesses(ctx, s.runtimeOf(c.Handler), c.ID, c.ShimPid, s.hier.Group(s.cfg.CgroupDriver, c.CgroupPath))
 }
