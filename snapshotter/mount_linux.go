@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -58,7 +59,7 @@ func (m Mount) option(key string) string {
 // meanwhile may or may not be seen.
 //
 // Needs CAP_SYS_ADMIN. Uses fsopen(2) and open_tree(2); where the kernel has
-// not got them, or not overlay's lowerdir+ (Linux 6.8), it uses mount(2) in a
+// not got them, or not overlay's lowerdir+ (Linux 6.7), it uses mount(2) in a
 // mount namespace of its own.
 func OpenRoot(mounts []Mount) (*os.File, error) {
 	if len(mounts) != 1 || mounts[0].Target != "" {
@@ -68,6 +69,11 @@ func OpenRoot(mounts []Mount) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	if m.Type == "overlay" && oldOverlay.Load() {
+		if f, err := detachedByNamespace(m); err == nil {
+			return f, nil
+		}
+	}
 	f, err := detached(m)
 	if err != nil {
 		// Whatever the reason, mount(2) decides: old kernels differ in how
@@ -76,9 +82,16 @@ func OpenRoot(mounts []Mount) (*os.File, error) {
 		if f, err2 = detachedByNamespace(m); err2 != nil {
 			return nil, fmt.Errorf("root: %w (detached: %w)", err2, err)
 		}
+		if m.Type == "overlay" {
+			oldOverlay.Store(true)
+		}
 	}
 	return f, nil
 }
+
+// oldOverlay tells that an overlay could be mounted by mount(2) only. An old
+// kernel logs each option that it does not know, so it is asked once.
+var oldOverlay atomic.Bool
 
 // readOnly returns the mount with the writable layer turned into the topmost
 // read-only one.
@@ -126,7 +139,8 @@ func detached(m Mount) (*os.File, error) {
 	}
 	for _, o := range data {
 		if err := configure(fs, m.Type, o); err != nil {
-			return nil, fmt.Errorf("fsconfig %s: %w", o, err)
+			key, _, _ := strings.Cut(o, "=") // 500 layers are no message
+			return nil, fmt.Errorf("fsconfig %s: %w", key, err)
 		}
 	}
 	if err := unix.FsconfigCreate(fs); err != nil {
@@ -258,8 +272,8 @@ func (m Mount) mount(dir, target string) error {
 }
 
 // Compact makes mounts fit for mount(2), which takes a page of options at most.
-// If one is too long, dir is the directory that holds its layers and their
-// names in the options are relative to it: whoever mounts must be in dir while
+// If one is too long, dir is the directory that holds its layers and the names
+// of those in the options are relative to it: whoever mounts must be in dir while
 // doing so. Otherwise dir is "" and the mounts are returned as they are.
 func Compact(mounts []Mount) (dir string, compact []Mount) {
 	var long []int
@@ -272,6 +286,11 @@ func Compact(mounts []Mount) (dir string, compact []Mount) {
 		}
 	}
 	dir = commonDir(lowers)
+	// The topmost may be a writable layer, which is kept apart from the others;
+	// it is then left as it is.
+	if below := commonDir(lowers[min(1, len(lowers)):]); len(below) > len(dir) {
+		dir = below
+	}
 	if dir == "" {
 		return "", mounts
 	}
