@@ -73,6 +73,8 @@ type containerPlan struct {
 	group  cgroup.Group
 	in     spec.Container
 	mounts []snapshotter.Mount
+
+	volumes []imageVolume
 }
 
 // planContainer checks what can be checked before anything is done.
@@ -121,6 +123,9 @@ func (s *Service) planContainer(p *pod, cfg *runtime.ContainerConfig, podCfg *ru
 		if plan.row.Resources, err = proto.Marshal(res); err != nil {
 			return nil, fmt.Errorf("%w: linux.resources: %w", ErrInvalid, err)
 		}
+	}
+	if err := s.planVolumes(plan); err != nil {
+		return nil, err
 	}
 	return plan, s.planSpec(plan)
 }
@@ -249,6 +254,7 @@ func (s *Service) createContainer(ctx context.Context, o *op, plan *containerPla
 			plan.mounts, err = s.deps.Snapshots.Prepare(ctx, id, plan.image.ChainID)
 			return err
 		}},
+		{"volumes", func(ctx context.Context) error { return s.makeVolumes(ctx, plan) }},
 		{"user", func(context.Context) error { return s.resolveUser(plan) }},
 		{"bundle", func(context.Context) error { return s.writeBundle(plan) }},
 		{"launch", func(ctx context.Context) (err error) { launched, err = s.launch(ctx, plan); return err }},
@@ -323,6 +329,11 @@ func (s *Service) launch(ctx context.Context, plan *containerPlan) (shim.Launche
 	for _, m := range mounts {
 		l.Mounts = append(l.Mounts, shim.Mount{Type: m.Type, Source: m.Source, Options: m.Options, Dir: dir})
 	}
+	volumes, err := volumeMounts(l.Bundle, plan.volumes)
+	if err != nil {
+		return shim.Launched{}, err
+	}
+	l.Mounts = append(l.Mounts, volumes...)
 	c, launched, err := shim.Run(ctx, s.cfg.ShimBinary, l)
 	if err != nil {
 		return launched, err

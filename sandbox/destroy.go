@@ -14,7 +14,6 @@ import (
 
 	"github.com/berthd/berth/sandbox/cgroup"
 	"github.com/berthd/berth/shim"
-	"github.com/berthd/berth/snapshotter"
 	"github.com/berthd/berth/store"
 )
 
@@ -219,13 +218,7 @@ func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error 
 			return s.endProcesses(ctx, rt, id, c.ShimPid, s.hier.Group(s.cfg.CgroupDriver, c.CgroupPath))
 		}},
 		{"bundle", func(context.Context) error { return s.removeBundle(id) }},
-		{"snapshot", func(ctx context.Context) error {
-			err := s.deps.Snapshots.Remove(ctx, id)
-			if errors.Is(err, snapshotter.ErrNotFound) {
-				return nil
-			}
-			return err
-		}},
+		{"snapshot", func(ctx context.Context) error { return s.removeSnapshots(ctx, c) }},
 		{"state", func(context.Context) error { return os.RemoveAll(s.stateDir(id)) }},
 		{"row", func(context.Context) error { return s.book.deleteContainer(id) }},
 	})
@@ -235,22 +228,11 @@ func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error 
 	}
 	s.live.drop(id)
 	s.stats.drop(id)
-	s.freeImage(ctx, c.ImageID)
+	s.freeImages(ctx, c)
 	if s.deps.Store.Rebuilt() {
 		s.kick() // it may have been the last one that forgetRebuild waits for
 	}
 	return nil
-}
-
-// freeImage frees the layers of an image that was removed while the container
-// used it.
-func (s *Service) freeImage(ctx context.Context, id string) {
-	if _, err := s.deps.Images.Get(id); err == nil {
-		return
-	}
-	if err := s.deps.Images.GC(ctx); err != nil {
-		klog.FromContext(ctx).Error(err, "Layers of a removed image not freed", "image", id)
-	}
 }
 
 // endProcesses ends the shim and all processes of a container or init, and has

@@ -38,6 +38,7 @@ const (
 
 // gatherMounts resolves the mounts of a container. A host path must exist; its
 // symbolic links are followed. Propagation needs a source that takes part in it.
+// The source of an image volume is for makeVolumes to fill in.
 // What is not supported yet is refused by the name of its field, never ignored.
 func gatherMounts(mounts []*runtime.Mount, host spec.Host) ([]spec.Mount, error) {
 	var out []spec.Mount
@@ -55,10 +56,11 @@ func gatherMount(m *runtime.Mount, host spec.Host) (spec.Mount, error) {
 	s := spec.Mount{Destination: m.GetContainerPath(), Readonly: m.GetReadonly(), RecursiveReadonly: m.GetRecursiveReadOnly(), Options: m.GetMountOptions()}
 	unsupported := func(field string) error { return fmt.Errorf("%w: %s: not supported", ErrInvalid, field) }
 	switch {
-	case m.GetImage() != nil && m.GetImage().GetImage() != "":
-		return s, unsupported("image")
+	case isVolume(m):
+		s.Propagation = "rprivate"
+		return s, nil
 	case m.GetImageSubPath() != "":
-		return s, unsupported("image_sub_path")
+		return s, fmt.Errorf("%w: image_sub_path %.200q: only for an image", ErrInvalid, m.GetImageSubPath())
 	case len(m.GetUidMappings()) > 0 || len(m.GetGidMappings()) > 0:
 		return s, unsupported("uidMappings, gidMappings")
 	case m.GetSelinuxRelabel() && host.SELinux:

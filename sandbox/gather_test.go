@@ -65,7 +65,6 @@ func TestGatherMounts(t *testing.T) {
 	}{
 		"missing":     {&runtime.Mount{HostPath: filepath.Join(dir, "none"), ContainerPath: "/x"}, `mounts[0] (container_path "/x"): invalid argument: host_path`},
 		"relative":    {&runtime.Mount{HostPath: "real", ContainerPath: "/x"}, `host_path "real": not an absolute path`},
-		"image":       {&runtime.Mount{ContainerPath: "/x", Image: &runtime.ImageSpec{Image: "sha256:1"}}, "image: not supported"},
 		"sub path":    {&runtime.Mount{ContainerPath: "/x", HostPath: dir, ImageSubPath: "a"}, "image_sub_path"},
 		"mappings":    {&runtime.Mount{ContainerPath: "/x", HostPath: dir, UidMappings: []*runtime.IDMapping{{}}}, "uidMappings"},
 		"propagation": {&runtime.Mount{ContainerPath: "/x", HostPath: dir, Propagation: 9}, "propagation 9"},

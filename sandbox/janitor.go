@@ -225,13 +225,13 @@ func (s *Service) sweepSnapshots(ctx context.Context, gone func(kind, id string,
 	}
 	var keys []string
 	err := s.deps.Snapshots.Walk(ctx, func(_ context.Context, i snapshotter.Info) error {
-		if i.Kind == snapshotter.KindActive {
+		if i.Kind != snapshotter.KindCommitted {
 			keys = append(keys, i.Name)
 		}
 		return nil
 	})
 	for _, k := range keys {
-		gone("snapshot", k, func(ctx context.Context) error { return s.deps.Snapshots.Remove(ctx, k) })
+		gone("snapshot", snapshotOwner(k), func(ctx context.Context) error { return s.deps.Snapshots.Remove(ctx, k) })
 	}
 	return errors.Join(err, s.cleanSnapshots(ctx))
 }

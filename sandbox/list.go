@@ -157,7 +157,7 @@ func (s *Service) statusOf(c *container) *runtime.ContainerStatus {
 	st := &runtime.ContainerStatus{Id: c.ID, Metadata: c.config.GetMetadata(), State: c.criState(),
 		CreatedAt: c.Created, StartedAt: c.Started, FinishedAt: c.Finished, ExitCode: c.ExitCode,
 		Image: c.imageSpec(), ImageRef: c.ImageDigest, ImageId: c.ImageID, Reason: c.Reason, Message: c.Message,
-		Labels: c.config.GetLabels(), Annotations: c.config.GetAnnotations(), Mounts: c.config.GetMounts(), LogPath: c.LogPath, StopSignal: criSignal(c.StopSignal),
+		Labels: c.config.GetLabels(), Annotations: c.config.GetAnnotations(), Mounts: c.mounts(), LogPath: c.LogPath, StopSignal: criSignal(c.StopSignal),
 		User: &runtime.ContainerUser{Linux: &runtime.LinuxContainerUser{Uid: int64(c.User.UID), Gid: int64(c.User.GID)}}}
 	for _, g := range c.User.Groups {
 		st.User.Linux.SupplementalGroups = append(st.User.Linux.SupplementalGroups, int64(g))

@@ -67,6 +67,7 @@ type containerRow struct {
 	ImageRef    string // by which the kubelet asked for it
 	ImageName   string // a tag, else a digest, else ImageRef: for people
 	ImageDigest string // repo@digest, or ImageID if it was never pulled
+	Volumes     []volumeRow
 	Resources   []byte // LinuxContainerResources in force
 	User        rowUser
 

@@ -126,7 +126,9 @@ func (s *Service) CgroupDriver() string { return s.cfg.CgroupDriver }
 func (s *Service) ImagesInUse() map[string]bool {
 	used := map[string]bool{}
 	for _, c := range s.book.view().containers {
-		used[c.ImageID] = true
+		for _, id := range c.images() {
+			used[id] = true
+		}
 	}
 	return used
 }

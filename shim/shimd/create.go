@@ -76,7 +76,7 @@ func (s *shim) prepare() *stepError {
 }
 
 func (s *shim) runCreate() *stepError {
-	mounts, err := mountPlan(s.l.Mounts, s.l.Rootfs)
+	mounts, err := mountPlan(s.l.Mounts, s.l.Rootfs, s.l.Bundle)
 	if err != nil {
 		return fail(wire.CodeInvalid, "Mounts", err.Error())
 	}
@@ -110,9 +110,9 @@ func (r *report) explain(j *job) *stepError {
 	// A read-only bind is two calls, so the numbers are no indices.
 	var what []string
 	for _, m := range l.Mounts {
-		what = append(what, m.Type+" "+m.Source)
+		what = append(what, m.Type+" "+m.Source+" at "+targetOf(&m, l.Rootfs, l.Bundle))
 	}
-	return fail(wire.CodeInternal, "mount", clip("call "+itoa(int(r.at))+" of "+strings.Join(what, ", ")+" at "+l.Rootfs+": "+msg))
+	return fail(wire.CodeInternal, "mount", clip("call "+itoa(int(r.at))+" of "+strings.Join(what, ", ")+": "+msg))
 }
 
 func (s *shim) createEnded(e *stepError) {

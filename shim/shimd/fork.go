@@ -89,9 +89,11 @@ func mountFlag(o string) (flag uintptr, clear, ok bool) {
 
 // mountPlan turns mounts as data into calls. A read-only bind takes two, as the
 // kernel ignores all other flags when it binds.
-func mountPlan(mounts []wire.Mount, target string) ([]mountCall, error) {
+func mountPlan(mounts []wire.Mount, rootfs, bundle string) ([]mountCall, error) {
 	var calls []mountCall
-	for _, m := range mounts {
+	for i := range mounts {
+		m := &mounts[i]
+		target := targetOf(m, rootfs, bundle)
 		flags, data := mountOptions(m.Options)
 		if len(data) >= unix.Getpagesize() {
 			return nil, unix.E2BIG
@@ -113,6 +115,28 @@ func mountPlan(mounts []wire.Mount, target string) ([]mountCall, error) {
 		}
 	}
 	return calls, nil
+}
+
+func targetOf(m *wire.Mount, rootfs, bundle string) string {
+	if m.Target != "" {
+		return bundle + "/" + m.Target
+	}
+	return rootfs
+}
+
+// local tells whether a path stays below where it begins, as far as its text
+// can tell.
+func local(p string) bool {
+	for rest := p; ; {
+		name, more, found := strings.Cut(rest, "/")
+		if name == "" || name == "." || name == ".." {
+			return false
+		}
+		if !found {
+			return true
+		}
+		rest = more
+	}
 }
 
 func mountOptions(options []string) (flags uintptr, data string) {

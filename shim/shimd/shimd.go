@@ -196,8 +196,14 @@ func check(l *wire.Launch) *stepError {
 			return bad(p.name, "is not an absolute path: "+clip(p.path))
 		}
 	}
-	if len(l.Mounts) > 0 && (l.Rootfs == "" || l.Rootfs[0] != '/') {
-		return bad("Rootfs", "is not an absolute path: "+clip(l.Rootfs))
+	for i := range l.Mounts {
+		m := &l.Mounts[i]
+		if m.Target == "" && (l.Rootfs == "" || l.Rootfs[0] != '/') {
+			return bad("Rootfs", "is not an absolute path: "+clip(l.Rootfs))
+		}
+		if m.Target != "" && !local(m.Target) {
+			return bad("Mounts", "target is not a local path: "+clip(m.Target))
+		}
 	}
 	if l.MaxLogLine == 0 {
 		l.MaxLogLine = crilog.MaxLine

@@ -42,8 +42,8 @@ func TestMountOptions(t *testing.T) {
 func TestMountPlan(t *testing.T) {
 	calls, err := mountPlan([]wire.Mount{
 		{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=1"}, Dir: "/layers"},
-		{Type: "bind", Source: "/x", Options: []string{"rbind", "ro"}},
-	}, "/root")
+		{Type: "bind", Source: "/x", Options: []string{"rbind", "ro"}, Target: "vol-0"},
+	}, "/root", "/bundle")
 	if err != nil || len(calls) != 3 {
 		t.Fatalf("%d calls, %v", len(calls), err)
 	}
@@ -53,11 +53,16 @@ func TestMountPlan(t *testing.T) {
 	if want := uintptr(unix.MS_REMOUNT | unix.MS_BIND | unix.MS_RDONLY); calls[2].flags != want {
 		t.Errorf("flags of the third call %#x, want %#x", calls[2].flags, want)
 	}
+	for i, want := range []string{"/root", "/bundle/vol-0", "/bundle/vol-0"} {
+		if got := unix.BytePtrToString(calls[i].target); got != want {
+			t.Errorf("call %d at %s, want %s", i, got, want)
+		}
+	}
 	long := []string{"lowerdir=" + strings.Repeat("x", unix.Getpagesize())}
-	if _, err := mountPlan([]wire.Mount{{Type: "overlay", Options: long}}, "/root"); err != unix.E2BIG {
+	if _, err := mountPlan([]wire.Mount{{Type: "overlay", Options: long}}, "/root", "/bundle"); err != unix.E2BIG {
 		t.Errorf("options of more than a page: %v", err)
 	}
-	if _, err := mountPlan([]wire.Mount{{Type: "bind", Source: "a\x00b"}}, "/root"); err == nil {
+	if _, err := mountPlan([]wire.Mount{{Type: "bind", Source: "a\x00b"}}, "/root", "/bundle"); err == nil {
 		t.Error("a NUL was accepted")
 	}
 }
@@ -184,6 +189,7 @@ func TestCheck(t *testing.T) {
 		"Socket":        func(l *wire.Launch) { l.Socket = "" },
 		"ExitFile":      func(l *wire.Launch) { l.ExitFile = "/" + strings.Repeat("x", 5000) },
 		"Rootfs":        func(l *wire.Launch) { l.Mounts = []wire.Mount{{}} },
+		"Mounts":        func(l *wire.Launch) { l.Mounts = []wire.Mount{{Target: "a/../../b"}} },
 		"MaxLogLine":    func(l *wire.Launch) { l.MaxLogLine = 65 << 10 },
 		"DrainTimeout":  func(l *wire.Launch) { l.DrainTimeout = -1 },
 		"CreateTimeout": func(l *wire.Launch) { l.CreateTimeout = 2 * time.Hour },

@@ -145,6 +145,7 @@ func (l Launch) Append(b *Builder, call uint32) error {
 		in.String(2, m.Source)
 		in.Strings(3, m.Options)
 		in.String(4, m.Dir)
+		in.String(5, m.Target)
 		b.Bytes(13, in.Buf)
 	}
 	b.String(14, l.Rootfs)
@@ -234,6 +235,8 @@ func (m *Mount) decode(f Fields) error {
 			return addString(&m.Options, p)
 		case 4:
 			return setString(&m.Dir, p)
+		case 5:
+			return setString(&m.Target, p)
 		}
 		return nil
 	})

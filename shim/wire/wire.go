@@ -117,7 +117,7 @@ var (
 	ErrSize  = errors.New("shim frame above 64 KiB")
 )
 
-// Mount is one mount(2) call on the container's root.
+// Mount is one mount(2) call in the namespace that the container is created in.
 type Mount struct {
 	Type    string
 	Source  string
@@ -126,6 +126,9 @@ type Mount struct {
 	// directories named in Options may be relative: overlay options are
 	// limited to one page.
 	Dir string
+	// Target is where it is mounted, a local path below the bundle; "" is the
+	// container's root.
+	Target string
 }
 
 // Launch tells a new shim what to create and how to look after it.
@@ -147,8 +150,8 @@ type Launch struct {
 	Stdin     bool // keep its stdin open; else it reads /dev/null
 	StdinOnce bool // close stdin for good when the first writer ends it
 
-	Mounts []Mount // made in order at Rootfs, in a mount namespace of their own
-	Rootfs string  // mount target; "" when Mounts is empty
+	Mounts []Mount // made in order, in a mount namespace of their own
+	Rootfs string  // target of those without one; "" when there are none
 
 	// OOMFile is memory.events (cgroup v2) or memory.oom_control (v1) of the
 	// container; "" for none. It need not exist before the container does.

@@ -32,10 +32,11 @@ var messages = []struct {
 	{"launch", Launch{
 		ID: "c1", Bundle: "/b", Runtime: "/usr/sbin/runc", RuntimeRoot: "/run/r", RuntimeArgs: []string{"--debug", ""},
 		SystemdCgroup: true, Socket: "/s", ExitFile: "/e", LogPath: "/l", Terminal: true, Stdin: true, StdinOnce: true,
-		Mounts: []Mount{{"overlay", "overlay", []string{"lowerdir=1:2", "ro"}, "/layers"}, {Type: "bind", Source: "/x"}},
+		Mounts: []Mount{{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=1:2", "ro"}, Dir: "/layers"}, {Type: "bind", Source: "/x"}},
 		Rootfs: "/b/rootfs", OOMFile: "/o", CgroupKill: []string{"/c1", "/c2"}, PrivatePID: true, MaxLogLine: 16384,
 		DrainTimeout: 2 * time.Second, CreateTimeout: time.Minute, OOMScoreAdj: &adj,
 	}, &Launch{}},
+	{"launchtarget", Launch{ID: "c1", Mounts: []Mount{{Type: "bind", Source: "/x", Target: "vol-0"}}}, &Launch{}},
 	{"kill", Kill{Signal: 15, All: true}, &Kill{}},
 	{"exec", Exec{Timeout: time.Second, Drain: time.Millisecond, MaxOutput: 1 << 24}, &Exec{}},
 	{"execstream", Exec{Stream: true, Console: "/c"}, &Exec{}},
