@@ -33,7 +33,7 @@ func (s *runtimeService) Status(_ context.Context, r *runtime.StatusRequest) (*r
 			condition(runtime.NetworkReady, "NetworkPluginNotReady", s.deps.Network.Ready()),
 		}},
 		RuntimeHandlers: s.deps.Node.RuntimeHandlers(),
-		Features:        &runtime.RuntimeFeatures{SupplementalGroupsPolicy: true},
+		Features:        &runtime.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true},
 	}
 	if r.GetVerbose() {
 		resp.Info = s.info()

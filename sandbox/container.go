@@ -168,9 +168,13 @@ func (s *Service) planSpec(plan *containerPlan) error {
 	if err != nil {
 		return err
 	}
-	if in.AppArmor, err = spec.AppArmor(sc, false, ""); err != nil {
+	if in.AppArmor, err = spec.AppArmor(sc, s.appArmor.enabled, defaultProfile); err != nil {
 		return err
 	}
+	if plan.row.Labels, err = s.containerLabels(p, sc); err != nil {
+		return err
+	}
+	in.ProcessLabel, in.MountLabel = plan.row.Labels.Process, plan.row.Labels.Mount
 	plan.in = in
 	return nil
 }
@@ -255,6 +259,7 @@ func (s *Service) createContainer(ctx context.Context, o *op, plan *containerPla
 			return err
 		}},
 		{"volumes", func(ctx context.Context) error { return s.makeVolumes(ctx, plan) }},
+		{"labels", func(ctx context.Context) error { return s.confine(ctx, plan) }},
 		{"user", func(context.Context) error { return s.resolveUser(plan) }},
 		{"bundle", func(context.Context) error { return s.writeBundle(plan) }},
 		{"launch", func(ctx context.Context) (err error) { launched, err = s.launch(ctx, plan); return err }},
@@ -293,6 +298,20 @@ func (s *Service) resolveUser(plan *containerPlan) error {
 	return nil
 }
 
+// confine makes ready what SELinux and AppArmor need for the container.
+func (s *Service) confine(ctx context.Context, plan *containerPlan) error {
+	if plan.in.AppArmor != "" {
+		usable, err := s.appArmor.check(ctx, plan.in.AppArmor)
+		if err != nil {
+			return err
+		}
+		if !usable {
+			plan.in.AppArmor = ""
+		}
+	}
+	return relabelMounts(ctx, plan)
+}
+
 // writeBundle writes what the OCI runtime reads, and the note.
 func (s *Service) writeBundle(plan *containerPlan) error {
 	sp, err := spec.Build(plan.in)
@@ -325,11 +344,11 @@ func (s *Service) launch(ctx context.Context, plan *containerPlan) (shim.Launche
 	l.ExitFile, l.LogPath = s.exitFile(plan.row.ID), plan.row.LogPath
 	l.Terminal, l.Stdin, l.StdinOnce = plan.config.GetTty(), plan.config.GetStdin(), plan.config.GetStdinOnce()
 	l.PrivatePID = plan.row.PrivatePID
-	dir, mounts := snapshotter.Compact(plan.mounts)
+	dir, mounts := snapshotter.Compact(labelled(plan.mounts, plan.row.Labels.Mount, l.Bundle))
 	for _, m := range mounts {
 		l.Mounts = append(l.Mounts, shim.Mount{Type: m.Type, Source: m.Source, Options: m.Options, Dir: dir})
 	}
-	volumes, err := volumeMounts(l.Bundle, plan.volumes)
+	volumes, err := volumeMounts(l.Bundle, plan.volumes, plan.row.Labels.Mount)
 	if err != nil {
 		return shim.Launched{}, err
 	}

@@ -108,6 +108,9 @@ func (s *Service) destroyPod(ctx context.Context, o *op, id string) error {
 			{"row", func(context.Context) error { return s.book.deletePod(id) }},
 		})
 	}
+	if err == nil {
+		p.releaseLabels()
+	}
 	if err != nil {
 		s.noteFailure(ctx, id, err)
 	}

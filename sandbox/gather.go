@@ -17,6 +17,7 @@ import (
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/opencontainers/selinux/go-selinux"
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -63,8 +64,6 @@ func gatherMount(m *runtime.Mount, host spec.Host) (spec.Mount, error) {
 		return s, fmt.Errorf("%w: image_sub_path %.200q: only for an image", ErrInvalid, m.GetImageSubPath())
 	case len(m.GetUidMappings()) > 0 || len(m.GetGidMappings()) > 0:
 		return s, unsupported("uidMappings, gidMappings")
-	case m.GetSelinuxRelabel() && host.SELinux:
-		return s, unsupported("selinux_relabel on a host with SELinux")
 	case !filepath.IsAbs(m.GetHostPath()):
 		return s, fmt.Errorf("%w: host_path %.200q: not an absolute path", ErrInvalid, m.GetHostPath())
 	}
@@ -364,8 +363,7 @@ func hostFacts(h cgroup.Hierarchy) (spec.Host, error) {
 	err := unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, 0, 0, 0)
 	f.Seccomp = errors.Is(err, unix.EFAULT) || errors.Is(err, unix.EACCES)
 	f.RRO = !errors.Is(unix.MountSetattr(-1, "", unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}), unix.ENOSYS)
-	_, err = os.Stat("/sys/fs/selinux/enforce")
-	f.SELinux = err == nil
+	f.SELinux = selinux.GetEnabled()
 	if h.Has("hugetlb") {
 		f.HugePages = hugePageSizes("/sys/kernel/mm/hugepages")
 	}

@@ -75,8 +75,6 @@ func TestGatherMounts(t *testing.T) {
 			wantInvalid(t, err, tt.err)
 		})
 	}
-	_, err = gatherMounts([]*runtime.Mount{{HostPath: dir, ContainerPath: "/x", SelinuxRelabel: true}}, spec.Host{SELinux: true})
-	wantInvalid(t, err, "selinux_relabel")
 }
 
 func TestGatherPropagation(t *testing.T) {

@@ -44,6 +44,7 @@ func (s *Service) RunPod(ctx context.Context, cfg *runtime.PodSandboxConfig, han
 // podPlan is a validated request to make a pod.
 type podPlan struct {
 	row      podRow
+	config   *runtime.PodSandboxConfig
 	hostname string
 	sysctls  []sysctl
 	kinds    []netns.Kind
@@ -91,6 +92,7 @@ func (s *Service) planPod(cfg *runtime.PodSandboxConfig, handler string) (podPla
 	if !hostIPC {
 		plan.kinds = append(plan.kinds, netns.IPC)
 	}
+	plan.config = cfg
 	plan.row = podRow{ID: newID(), State: StateCreating, Handler: handler, Config: raw,
 		BootID: s.cfg.BootID, HostNetwork: hostNet}
 	return plan, nil
@@ -127,8 +129,12 @@ func (s *Service) readyPod(key string) *pod {
 
 func (s *Service) runPod(ctx context.Context, o *op, plan podPlan) (string, error) {
 	row := plan.row
+	var err error
+	if row.Labels, err = s.podLabels(plan.config); err != nil {
+		return "", err
+	}
 	row.Created = s.book.now()
-	parent := s.hier.Parent(s.cfg.CgroupDriver, podParent(plan))
+	parent := s.hier.Parent(s.cfg.CgroupDriver, plan.config.GetLinux().GetCgroupParent())
 	row.Cgroups = missing(parent.Dirs())
 	p, err := s.book.insertPod(row)
 	if err != nil {
@@ -173,14 +179,6 @@ func (s *Service) runPod(ctx context.Context, o *op, plan podPlan) (string, erro
 	}
 	log.V(2).Info("Pod ready", "ips", p.IPs, "took", time.Since(begun))
 	return p.ID, nil
-}
-
-func podParent(plan podPlan) string {
-	var c runtime.PodSandboxConfig
-	if proto.Unmarshal(plan.row.Config, &c) != nil {
-		return ""
-	}
-	return c.GetLinux().GetCgroupParent()
 }
 
 // missing returns the directories that do not exist, and those of their parents,

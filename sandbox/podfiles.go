@@ -59,6 +59,9 @@ func (s *Service) makePodFiles(p *pod, hostname string) error {
 	if err := os.WriteFile(s.podFile(p.ID, fileHostname), []byte(hostname+"\n"), 0o644); err != nil {
 		return err
 	}
+	if err := labelFiles(p.Labels.Mount, s.podFile(p.ID, fileResolv), s.podFile(p.ID, fileHostname)); err != nil {
+		return err
+	}
 	if p.hostIPC() {
 		return nil
 	}
@@ -66,7 +69,7 @@ func (s *Service) makePodFiles(p *pod, hostname string) error {
 	if err := os.Mkdir(shm, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	opts := fmt.Sprintf("mode=1777,size=%d", shmSize)
+	opts := labelOption(fmt.Sprintf("mode=1777,size=%d", shmSize), p.Labels.Mount)
 	if err := unix.Mount("shm", shm, "tmpfs", unix.MS_NOEXEC|unix.MS_NOSUID|unix.MS_NODEV, opts); err != nil {
 		return fmt.Errorf("mount %s: %w", shm, err)
 	}
@@ -106,7 +109,10 @@ func (s *Service) writeHosts(p *pod, hostname string) error {
 		}
 		text = []byte(b.String())
 	}
-	return os.WriteFile(s.podFile(p.ID, fileHosts), text, 0o644)
+	if err := os.WriteFile(s.podFile(p.ID, fileHosts), text, 0o644); err != nil {
+		return err
+	}
+	return labelFiles(p.Labels.Mount, s.podFile(p.ID, fileHosts))
 }
 
 // resolvConf renders a DNSConfig in the form of resolv.conf(5); without one the

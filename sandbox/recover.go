@@ -120,6 +120,7 @@ func (s *Service) recover(ctx context.Context) error {
 	pods := make([]*pod, 0, len(v.pods))
 	for _, p := range v.pods {
 		pods = append(pods, p)
+		p.reserveLabels()
 	}
 	err = errors.Join(
 		parallel(containers, 32, func(c *container) error { return s.recoverContainer(ctx, c) }),

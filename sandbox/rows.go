@@ -46,6 +46,7 @@ type podRow struct {
 	IPs         []string        // primary first
 	CNI         json.RawMessage // the network's own result
 	Cgroups     []string        // directories made for it, innermost last
+	Labels      labelRow
 
 	Stopping bool   // StopPodSandbox has begun, and is carried on if need be
 	Torn     bool   // StopPodSandbox has released everything
@@ -68,6 +69,7 @@ type containerRow struct {
 	ImageName   string // a tag, else a digest, else ImageRef: for people
 	ImageDigest string // repo@digest, or ImageID if it was never pulled
 	Volumes     []volumeRow
+	Labels      labelRow
 	Resources   []byte // LinuxContainerResources in force
 	User        rowUser
 

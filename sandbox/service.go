@@ -28,6 +28,7 @@ type Service struct {
 	host     spec.Host
 	oomFloor int
 	initDir  string // root file system of the pods' init containers
+	appArmor *appArmor
 	stats    *statsCache
 	forwards *forwards
 
@@ -58,7 +59,7 @@ func New(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 		return nil, fmt.Errorf("sandbox: %w", err)
 	}
 	s := &Service{cfg: cfg, deps: deps, book: newBook(deps.Store), ops: newOps(), live: newLive(),
-		runtimes: map[string]*ociRuntime{}, stats: newStatsCache(), forwards: newForwards(), wake: make(chan struct{}, 1)}
+		runtimes: map[string]*ociRuntime{}, stats: newStatsCache(), forwards: newForwards(), appArmor: newAppArmor(), wake: make(chan struct{}, 1)}
 	if err := s.prepare(); err != nil {
 		return nil, fmt.Errorf("sandbox: %w", err)
 	}

@@ -229,6 +229,10 @@ var (
 // confinementRule has what privileged containers are free of: seccomp,
 // AppArmor and SELinux.
 func confinementRule(c *Container, s *specs.Spec) error {
+	if _, err := SELinuxOptions(c.security().GetSelinuxOptions()); err != nil {
+		return err
+	}
+	s.Linux.MountLabel = c.MountLabel
 	if c.privileged() {
 		return nil
 	}
@@ -237,36 +241,31 @@ func confinementRule(c *Container, s *specs.Spec) error {
 	}
 	s.Linux.Seccomp = c.Seccomp
 	s.Process.ApparmorProfile = c.AppArmor
-	label, err := processLabel(c.security().GetSelinuxOptions())
-	if err == nil && c.Host.SELinux {
-		s.Process.SelinuxLabel = label
-	}
-	return err
+	s.Process.SelinuxLabel = c.ProcessLabel
+	return nil
 }
 
-// processLabel writes SELinux options as user:role:type:level. Nothing set is no
-// label; some but not all of the first three set has the usual ones of the rest.
-func processLabel(o *runtime.SELinuxOption) (string, error) {
-	parts := []string{o.GetUser(), o.GetRole(), o.GetType(), o.GetLevel()}
-	if strings.Join(parts, "") == "" {
-		return "", nil
-	}
-	for i, field := range []string{"user", "role", "type", "level"} {
-		v := parts[i]
-		bad := func(r rune) bool { return r <= ' ' || r == 0x7f || r == ':' && field != "level" }
-		if len(v) > 255 || strings.ContainsFunc(v, bad) {
-			return "", fmt.Errorf("%w: linux.security_context.selinux_options.%s %q: over 255 bytes, or with a space, colon or control character", ErrInvalid, field, clip(v))
+// SELinuxOptions returns the options in the form that the SELinux library takes,
+// "type:container_t" and so on; none for none.
+func SELinuxOptions(o *runtime.SELinuxOption) ([]string, error) {
+	var out []string
+	for _, f := range []struct{ name, value string }{
+		{"user", o.GetUser()}, {"role", o.GetRole()}, {"type", o.GetType()}, {"level", o.GetLevel()},
+	} {
+		bad := func(r rune) bool { return r <= ' ' || r == 0x7f || r == ':' && f.name != "level" }
+		if len(f.value) > 255 || strings.ContainsFunc(f.value, bad) {
+			return nil, fmt.Errorf("%w: linux.security_context.selinux_options.%s %q: over 255 bytes, or with a space, colon or control character", ErrInvalid, f.name, clip(f.value))
 		}
-		if v == "" {
-			parts[i] = []string{"system_u", "system_r", "container_t", "s0"}[i]
+		if f.value != "" {
+			out = append(out, f.name+":"+f.value)
 		}
 	}
-	return strings.Join(parts, ":"), nil
+	return out, nil
 }
 
 // AppArmor returns the profile that a security context asks for: "" for none.
-// The default is what the daemon has loaded, "" if it has not. On a host
-// without AppArmor a profile by name is an error, the default is none.
+// Asking for none by saying nothing means the default one, as the CRI has it. On
+// a host without AppArmor a profile by name is an error, the default is none.
 func AppArmor(sc *runtime.LinuxContainerSecurityContext, enabled bool, defaultProfile string) (string, error) {
 	const field = "linux.security_context.apparmor"
 	p := sc.GetApparmor()
@@ -277,11 +276,11 @@ func AppArmor(sc *runtime.LinuxContainerSecurityContext, enabled bool, defaultPr
 		}
 	}
 	switch {
-	case p == nil || sc.GetPrivileged() || p.ProfileType == runtime.SecurityProfile_Unconfined:
+	case sc.GetPrivileged() || p != nil && p.ProfileType == runtime.SecurityProfile_Unconfined:
 		return "", nil
-	case p.ProfileType == runtime.SecurityProfile_RuntimeDefault && enabled:
+	case (p == nil || p.ProfileType == runtime.SecurityProfile_RuntimeDefault) && enabled:
 		return defaultProfile, nil
-	case p.ProfileType == runtime.SecurityProfile_RuntimeDefault:
+	case p == nil || p.ProfileType == runtime.SecurityProfile_RuntimeDefault:
 		return "", nil
 	case p.ProfileType != runtime.SecurityProfile_Localhost:
 		return "", fmt.Errorf("%w: %s.profile_type %d: unknown", ErrInvalid, field, p.ProfileType)

@@ -83,8 +83,7 @@ func TestBuildGolden(t *testing.T) {
 			sc := c.Config.Linux.SecurityContext
 			sc.NoNewPrivs, sc.ReadonlyRootfs = true, true
 			sc.Capabilities = &runtime.Capability{DropCapabilities: []string{"ALL"}, AddCapabilities: []string{"net_bind_service"}}
-			sc.SelinuxOptions = &runtime.SELinuxOption{Level: "s0:c1,c2"}
-			c.Host.SELinux = true
+			c.ProcessLabel, c.MountLabel = "system_u:system_r:container_t:s0:c1,c2", "system_u:object_r:container_file_t:s0:c1,c2"
 			c.OOMScoreMin = ptr(-500)
 			c.Seccomp = &specs.LinuxSeccomp{DefaultAction: specs.ActAllow}
 			c.AppArmor = "some-profile"
@@ -100,7 +99,7 @@ func TestBuildGolden(t *testing.T) {
 		},
 		"privileged_v1": func(c *Container) {
 			c.Config.Linux.SecurityContext.Privileged = true
-			c.Seccomp, c.AppArmor = &specs.LinuxSeccomp{}, "ignored"
+			c.Seccomp, c.AppArmor, c.ProcessLabel = &specs.LinuxSeccomp{}, "ignored", "ignored"
 			c.Devices = []Device{{LinuxDevice: specs.LinuxDevice{Path: "/dev/sda", Type: "b", Major: 8}, Access: "rwm"}}
 			c.Mounts = []Mount{{Source: "/mnt", Destination: "/mnt", Propagation: "rshared"}, {Source: "/x", Destination: "/x", Propagation: "rslave"}}
 		},
@@ -363,7 +362,10 @@ func TestAppArmor(t *testing.T) {
 		want    string
 		err     string
 	}{
-		{"nothing", nil, true, "", ""},
+		{"nothing", nil, true, "berth-default", ""},
+		{"nothing off", nil, false, "", ""},
+		{"privileged", &runtime.LinuxContainerSecurityContext{Privileged: true}, true, "", ""},
+		{"old unconfined", old("unconfined"), true, "", ""},
 		{"default", profile(runtime.SecurityProfile_RuntimeDefault, ""), true, "berth-default", ""},
 		{"default off", profile(runtime.SecurityProfile_RuntimeDefault, ""), false, "", ""},
 		{"unconfined", profile(runtime.SecurityProfile_Unconfined, ""), true, "", ""},
@@ -382,5 +384,21 @@ func TestAppArmor(t *testing.T) {
 				t.Errorf("got %q, want %q", got, tt.want)
 			}
 		})
+	}
+}
+
+func TestSELinuxOptions(t *testing.T) {
+	got, err := SELinuxOptions(&runtime.SELinuxOption{User: "u", Role: "r", Type: "t", Level: "s0:c1,c2"})
+	if want := []string{"user:u", "role:r", "type:t", "level:s0:c1,c2"}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("got %q, %v, want %q", got, err, want)
+	}
+	if got, err := SELinuxOptions(nil); err != nil || len(got) != 0 {
+		t.Errorf("nothing: %q, %v", got, err)
+	}
+	for field, o := range map[string]*runtime.SELinuxOption{
+		"user": {User: "a b"}, "role": {Role: "a:b"}, "type": {Type: strings.Repeat("x", 256)}, "level": {Level: "s0\n"},
+	} {
+		_, err := SELinuxOptions(o)
+		wantErr(t, err, "selinux_options."+field)
 	}
 }

@@ -60,7 +60,7 @@ type Host struct {
 	CgroupFlags  []string // super block options of the host's cgroup2 mount, "nsdelegate" and the like
 	Seccomp      bool     // the kernel filters system calls
 	RRO          bool     // kernel and OCI runtime can make mounts recursively read-only
-	SELinux      bool     // SELinux is on; if not, SELinux options are ignored
+	SELinux      bool     // SELinux is on; if not, labels are ignored
 	Swap         bool     // swap is accounted by cgroup
 	HugePages    []string // page sizes with a hugetlb controller, as "2MB", "1GB"
 	Capabilities []string // every capability that can be given, "CAP_" prefixed
@@ -108,6 +108,10 @@ type Container struct {
 	Seccomp  *specs.LinuxSeccomp // nil is unconfined; privileged containers ignore it
 	AppArmor string              // profile name, "" for none; privileged containers ignore it
 	Rlimits  []specs.POSIXRlimit
+
+	// SELinux labels, "" on a host without; privileged containers ignore that
+	// of the process. MountLabel is for what the runtime itself mounts.
+	ProcessLabel, MountLabel string
 
 	Annotations map[string]string // for the runtime; the caller has filtered them
 

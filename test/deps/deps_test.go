@@ -50,6 +50,8 @@ var fences = map[string][]string{
 	"k8s.io/streaming":                   {"cri"},
 	"github.com/prometheus":              {"cri", "cmd/berthd"},
 	"github.com/BurntSushi/toml":         {"cmd/berthd"},
+	"github.com/opencontainers/selinux":  {"sandbox"},
+	"tags.cncf.io":                       {"sandbox"},
 }
 
 // closed are trees that import nothing of others but x/sys: the shim's size is
