@@ -275,6 +275,16 @@ func (g Group) dir(controller string) string {
 	return filepath.Join(m, g.path)
 }
 
+// unifiedDir returns the directory on the unified hierarchy, which there is in
+// hybrid mode too, "" if there is none.
+func (g Group) unifiedDir() string {
+	m := g.h.mounts[unified]
+	if g.IsZero() || m == "" {
+		return ""
+	}
+	return filepath.Join(m, g.path)
+}
+
 // Exists tells whether any of the directories is there.
 func (g Group) Exists() bool { return slices.ContainsFunc(g.Dirs(), exists) }
 

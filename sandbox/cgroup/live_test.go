@@ -156,7 +156,7 @@ func TestProcsAndStats(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if s.CPUUsage > 0 && s.MemoryUsage > 0 && s.Pids >= 1 && s.WorkingSet <= s.MemoryUsage {
+		if s.CPUUsage > 0 && s.MemoryUsage > 0 && s.Threads >= 1 && s.WorkingSet <= s.MemoryUsage {
 			break
 		}
 		if time.Now().After(deadline) {

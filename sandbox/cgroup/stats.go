@@ -2,13 +2,9 @@ package cgroup
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
-	"path/filepath"
 	"strconv"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // NoLimit is the value of a limit that is not set.
@@ -31,9 +27,13 @@ type Stats struct {
 	MajorFaults uint64
 	SwapUsage   uint64 // bytes
 	SwapLimit   uint64 // bytes of swap alone, NoLimit if there is none
-	Pids        uint64 // threads
+	Threads     uint64
 
-	// Pressure stall information; nil on v1 and where the kernel has it off.
+	// Parts of the memory, in bytes.
+	Cache, MappedFile, ActiveFile, InactiveFile uint64
+
+	// Pressure stall information; nil where the kernel has it off and on v1
+	// without the unified hierarchy beside it.
 	CPU, Memory, IO *Pressure
 }
 
@@ -63,159 +63,76 @@ type PressureLine struct {
 	Total                uint64
 }
 
-// Stats reads the usage, each file once. [ErrGone] if the group does not exist.
-// What is not controlled on this machine is zero, or NoLimit.
+// Stats reads the usage once; a [Reader] does it often. [ErrGone] if the group
+// does not exist. What is not controlled on this machine is zero, or NoLimit.
 func (g Group) Stats() (Stats, error) {
+	r := g.Reader()
+	defer r.Close()
+	return r.Stats()
+}
+
+// Stats reads the usage, each file once, as [Group.Stats] does.
+func (r *Reader) Stats() (Stats, error) {
 	s := Stats{At: time.Now(), MemoryLimit: NoLimit, SwapLimit: NoLimit}
-	read := g.statsV1
-	if g.h.v2 {
-		read = g.statsV2
-	}
-	r := reader{buf: make([]byte, 16<<10)}
-	read(&r, &s)
-	switch {
-	case r.found == 0 && r.err == nil:
-		return Stats{}, fmt.Errorf("control group %s: %w", g.path, ErrGone)
-	case r.err != nil:
-		return Stats{}, fmt.Errorf("control group %s: %w", g.path, r.err)
+	if err := r.read(true, func() { r.stats(&s) }); err != nil {
+		return Stats{}, err
 	}
 	return s, nil
 }
 
-func (g Group) statsV2(r *reader, s *Stats) {
-	dir := g.dir(unified)
-	if b, ok := r.file(dir, "cpu.stat"); ok {
-		s.CPUUsage = keys(b, "usage_usec")[0] * 1000
+func (r *Reader) stats(s *Stats) {
+	if r.g.h.v2 {
+		r.statsV2(s)
+	} else {
+		r.statsV1(s)
 	}
-	if v, ok := r.number(dir, "memory.current"); ok {
-		s.MemoryUsage = v
-	}
-	if b, ok := r.file(dir, "memory.stat"); ok {
-		v := keys(b, "anon", "inactive_file", "pgfault", "pgmajfault")
-		s.RSS, s.PageFaults, s.MajorFaults = v[0], v[2], v[3]
-		s.WorkingSet = s.MemoryUsage - min(v[1], s.MemoryUsage)
-	}
-	if v, ok := r.number(dir, "memory.max"); ok {
-		s.MemoryLimit = v
-	}
-	if v, ok := r.number(dir, "memory.swap.current"); ok {
-		s.SwapUsage = v
-	}
-	if v, ok := r.number(dir, "memory.swap.max"); ok {
-		s.SwapLimit = v
-	}
-	if v, ok := r.number(dir, "pids.current"); ok {
-		s.Pids = v
-	}
+	// In hybrid mode the unified hierarchy has no controllers, but it has this.
+	dir := r.g.unifiedDir()
 	s.CPU, s.Memory, s.IO = r.pressure(dir, "cpu.pressure"), r.pressure(dir, "memory.pressure"), r.pressure(dir, "io.pressure")
 }
 
-func (g Group) statsV1(r *reader, s *Stats) {
-	if v, ok := r.number(g.dir("cpuacct"), "cpuacct.usage"); ok {
-		s.CPUUsage = v
+func (r *Reader) statsV2(s *Stats) {
+	dir := r.g.dir(unified)
+	if b, ok := r.file(dir, "cpu.stat"); ok {
+		s.CPUUsage = keys(b, "usage_usec")[0] * 1000
 	}
-	dir := g.dir("memory")
-	if v, ok := r.number(dir, "memory.usage_in_bytes"); ok {
-		s.MemoryUsage = v
-	}
+	s.MemoryUsage = r.numberOr(dir, "memory.current", 0)
 	if b, ok := r.file(dir, "memory.stat"); ok {
-		v := keys(b, "total_rss", "total_inactive_file", "total_pgfault", "total_pgmajfault", "total_swap")
-		s.RSS, s.PageFaults, s.MajorFaults, s.SwapUsage = v[0], v[2], v[3], v[4]
-		s.WorkingSet = s.MemoryUsage - min(v[1], s.MemoryUsage)
+		v := keys(b, "anon", "inactive_file", "pgfault", "pgmajfault", "file", "file_mapped", "active_file")
+		s.RSS, s.InactiveFile, s.PageFaults, s.MajorFaults = v[0], v[1], v[2], v[3]
+		s.Cache, s.MappedFile, s.ActiveFile = v[4], v[5], v[6]
+		s.WorkingSet = s.MemoryUsage - min(s.InactiveFile, s.MemoryUsage)
 	}
-	if v, ok := r.number(dir, "memory.limit_in_bytes"); ok && v < noLimitV1 {
+	s.MemoryLimit = r.numberOr(dir, "memory.max", NoLimit)
+	s.SwapUsage = r.numberOr(dir, "memory.swap.current", 0)
+	s.SwapLimit = r.numberOr(dir, "memory.swap.max", NoLimit)
+	s.Threads = r.numberOr(dir, "pids.current", 0)
+}
+
+func (r *Reader) statsV1(s *Stats) {
+	s.CPUUsage = r.numberOr(r.g.dir("cpuacct"), "cpuacct.usage", 0)
+	dir := r.g.dir("memory")
+	s.MemoryUsage = r.numberOr(dir, "memory.usage_in_bytes", 0)
+	if b, ok := r.file(dir, "memory.stat"); ok {
+		v := keys(b, "total_rss", "total_inactive_file", "total_pgfault", "total_pgmajfault", "total_cache", "total_mapped_file",
+			"total_active_file", "total_swap")
+		s.RSS, s.InactiveFile, s.PageFaults, s.MajorFaults = v[0], v[1], v[2], v[3]
+		s.Cache, s.MappedFile, s.ActiveFile, s.SwapUsage = v[4], v[5], v[6], v[7]
+		s.WorkingSet = s.MemoryUsage - min(s.InactiveFile, s.MemoryUsage)
+	}
+	if v := r.numberOr(dir, "memory.limit_in_bytes", NoLimit); v < noLimitV1 {
 		s.MemoryLimit = v
 	}
 	// v1 limits memory and swap together.
-	if v, ok := r.number(dir, "memory.memsw.limit_in_bytes"); ok && v < noLimitV1 && s.MemoryLimit != NoLimit {
+	if v := r.numberOr(dir, "memory.memsw.limit_in_bytes", NoLimit); v < noLimitV1 && s.MemoryLimit != NoLimit {
 		s.SwapLimit = v - min(s.MemoryLimit, v)
 	}
-	if v, ok := r.number(g.dir("pids"), "pids.current"); ok {
-		s.Pids = v
-	}
-}
-
-// reader reads small files of the kernel into one buffer. It keeps the first
-// error that is not the absence of a file.
-type reader struct {
-	buf   []byte
-	found int // files read
-	err   error
-}
-
-// file returns the content until the next call, and false if there is none.
-func (r *reader) file(dir, name string) ([]byte, bool) {
-	if r.err != nil || dir == "" {
-		return nil, false
-	}
-	n, err := readInto(r.buf, filepath.Join(dir, name))
-	switch {
-	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV), errors.Is(err, unix.EOPNOTSUPP):
-		return nil, false
-	case err != nil:
-		r.err = fmt.Errorf("%s: %w", name, err)
-		return nil, false
-	}
-	r.found++
-	return r.buf[:n], true
-}
-
-func readInto(buf []byte, name string) (int, error) {
-	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return 0, err
-	}
-	defer unix.Close(fd)
-	for n := 0; n < len(buf); {
-		m, err := unix.Read(fd, buf[n:])
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return 0, err
-		}
-		if m == 0 {
-			return n, nil
-		}
-		n += m
-	}
-	return 0, fmt.Errorf("over %d bytes", len(buf)-1)
-}
-
-// number reads a file with one number, or "max".
-func (r *reader) number(dir, name string) (uint64, bool) {
-	b, ok := r.file(dir, name)
-	if !ok {
-		return 0, false
-	}
-	b = bytes.TrimSpace(b)
-	if string(b) == "max" {
-		return NoLimit, true
-	}
-	v, err := strconv.ParseUint(string(b), 10, 64)
-	if err != nil {
-		r.err = fmt.Errorf("%s: %q is no number", name, clip(string(b)))
-	}
-	return v, err == nil
-}
-
-// keys returns the values of "key value" lines, 0 for a key that is missing.
-func keys(b []byte, want ...string) []uint64 {
-	values := make([]uint64, len(want))
-	for line := range bytes.Lines(b) {
-		key, value, _ := bytes.Cut(bytes.TrimSpace(line), []byte(" "))
-		for i, w := range want {
-			if string(key) == w {
-				values[i], _ = strconv.ParseUint(string(value), 10, 64)
-			}
-		}
-	}
-	return values
+	s.Threads = r.numberOr(r.g.dir("pids"), "pids.current", 0)
 }
 
 // pressure reads a file of the kernel's psi.rst. One that is not there, as when
 // PSI is off, gives nil.
-func (r *reader) pressure(dir, name string) *Pressure {
+func (r *Reader) pressure(dir, name string) *Pressure {
 	b, ok := r.file(dir, name)
 	if !ok {
 		return nil

@@ -38,7 +38,7 @@ var filesV2 = map[string]string{
 	"cpu.stat":            "usage_usec 1500\nuser_usec 1000\nsystem_usec 500\n",
 	"memory.current":      "1000000\n",
 	"memory.max":          "4000000\n",
-	"memory.stat":         "anon 300000\nfile 600000\nkernel_stack 1\ninactive_file 250000\nactive_file 350000\npgfault 77\npgmajfault 3\n",
+	"memory.stat":         "anon 300000\nfile 600000\nfile_mapped 7000\nkernel_stack 1\ninactive_file 250000\nactive_file 350000\npgfault 77\npgmajfault 3\n",
 	"memory.swap.current": "4096\n",
 	"memory.swap.max":     "max\n",
 	"pids.current":        "5\n",
@@ -50,14 +50,15 @@ var filesV1 = map[string]string{
 	"memory/memory.usage_in_bytes":       "1000000\n",
 	"memory/memory.limit_in_bytes":       "9223372036854771712\n",
 	"memory/memory.memsw.limit_in_bytes": "9223372036854771712\n",
-	"memory/memory.stat":                 "cache 1\nrss 2\ninactive_file 4\nswap 5\ntotal_rss 300000\ntotal_inactive_file 250000\ntotal_pgfault 77\ntotal_pgmajfault 3\ntotal_swap 4096\n",
+	"memory/memory.stat":                 "cache 1\nrss 2\ninactive_file 4\nswap 5\ntotal_rss 300000\ntotal_inactive_file 250000\ntotal_pgfault 77\ntotal_pgmajfault 3\ntotal_swap 4096\ntotal_cache 600000\ntotal_mapped_file 7000\ntotal_active_file 350000\n",
 	"pids/pids.current":                  "5\n",
 }
 
 func TestStats(t *testing.T) {
 	want := Stats{
 		CPUUsage: 1500000, MemoryUsage: 1000000, MemoryLimit: NoLimit, WorkingSet: 750000, RSS: 300000, PageFaults: 77, MajorFaults: 3,
-		SwapUsage: 4096, SwapLimit: NoLimit, Pids: 5,
+		SwapUsage: 4096, SwapLimit: NoLimit, Threads: 5,
+		Cache: 600000, MappedFile: 7000, ActiveFile: 350000, InactiveFile: 250000,
 	}
 	check := func(name string, g Group, want Stats) {
 		t.Helper()
@@ -81,7 +82,7 @@ func TestStats(t *testing.T) {
 	}), Stats{MemoryLimit: 1000, SwapLimit: 500})
 	check("only a page cache", fakeGroup(t, true, map[string]string{
 		"memory.current": "10\n", "memory.stat": "inactive_file 99\n",
-	}), Stats{MemoryUsage: 10, MemoryLimit: NoLimit, SwapLimit: NoLimit})
+	}), Stats{MemoryUsage: 10, MemoryLimit: NoLimit, SwapLimit: NoLimit, InactiveFile: 99})
 }
 
 func TestStatsErrors(t *testing.T) {
