@@ -271,6 +271,54 @@ func (p *Pins) Do(id string, k Kind, fn func() error) error {
 	})
 }
 
+// Each runs fn inside the pinned namespace of each ID in turn, all on one thread
+// that dies afterwards: for many that costs a small part of what Do does. An ID
+// without a pin is left out. The errors of entering the others are joined.
+func (p *Pins) Each(ids []string, k Kind, fn func(id string)) error {
+	flag, ok := cloneFlags[k]
+	if !ok {
+		return fmt.Errorf("pins: %w: %q", ErrKind, k)
+	}
+	if len(ids) == 0 {
+		return nil
+	}
+	return onThread(func() error {
+		var errs []error
+		for _, id := range ids {
+			err := p.enter(id, k, flag)
+			switch {
+			case err == nil:
+				fn(id)
+			case !errors.Is(err, ErrNotPinned):
+				errs = append(errs, fmt.Errorf("pins %s: enter %s namespace: %w", id, k, err))
+			}
+		}
+		return errors.Join(errs...)
+	})
+}
+
+// enter moves the calling thread into a pinned namespace. Only what lies on nsfs
+// can be entered, so that a plain file in the place of a pin is EINVAL.
+func (p *Pins) enter(id string, k Kind, flag int) error {
+	if err := checkID(id); err != nil {
+		return err
+	}
+	fd, err := unix.Open(p.Path(id, k), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return ErrNotPinned
+	}
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.Setns(fd, flag); errors.Is(err, unix.EINVAL) {
+		return ErrNotPinned
+	} else if err != nil {
+		return err
+	}
+	return nil
+}
+
 // flagsOf are the unshare flags of the kinds, of which there must be one at
 // least and none twice.
 func flagsOf(kinds []Kind) (int, error) {
