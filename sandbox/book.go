@@ -32,10 +32,12 @@ type book struct {
 
 	mu   sync.Mutex // for publishing
 	last int64      // the newest creation time, under mu
+
+	events *hub
 }
 
 func newBook(st *store.Store) *book {
-	b := &book{st: st, seed: maphash.MakeSeed()}
+	b := &book{st: st, seed: maphash.MakeSeed(), events: newHub()}
 	b.cur.Store(&view{})
 	return b
 }
@@ -239,11 +241,13 @@ func (b *book) deleteContainer(id string) error {
 	return nil
 }
 
-// publishPod makes p, or with nil its absence, visible to readers.
+// publishPod makes p, or with nil its absence, visible to readers, and tells
+// followers what that means.
 func (b *book) publishPod(id string, p *pod) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	next := *b.cur.Load()
+	old := b.cur.Load()
+	next := *old
 	next.pods = maps.Clone(next.pods)
 	if p == nil {
 		delete(next.pods, id)
@@ -251,13 +255,15 @@ func (b *book) publishPod(id string, p *pod) {
 		next.pods[id] = p
 	}
 	b.cur.Store(&next)
+	b.events.publish(podEvents(id, old, &next))
 }
 
 // publishContainer makes c, or with nil its absence, visible to readers.
 func (b *book) publishContainer(id string, c *container) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	next := *b.cur.Load()
+	prev := b.cur.Load()
+	next := *prev
 	old := next.containers[id]
 	next.containers = maps.Clone(next.containers)
 	next.byPod = maps.Clone(next.byPod)
@@ -279,6 +285,7 @@ func (b *book) publishContainer(id string, c *container) {
 		next.byPod[c.PodID] = l
 	}
 	b.cur.Store(&next)
+	b.events.publish(containerEvents(id, prev, &next))
 }
 
 // pod finds a pod by its ID or a unique prefix of it.

@@ -41,6 +41,8 @@ func (s *Service) teardown(ctx context.Context, o *op, id string) error {
 		return nil
 	}
 	s.forwards.cut(id)
+	s.stats.drop(id)
+	s.stats.drop(initKey(id))
 	err = o.allSteps(ctx, []step{
 		{"containers", func(ctx context.Context) error { return s.killContainers(ctx, id) }},
 		{"init", func(ctx context.Context) error { return s.destroyInit(ctx, p) }},

@@ -112,6 +112,15 @@ func (s *Service) PodStatus(ctx context.Context, id string, verbose bool) (*runt
 	if err != nil {
 		return nil, err
 	}
+	out := s.podStatus(p, v.byPod[p.ID], now)
+	if verbose {
+		out.Info, err = s.podInfo(p)
+	}
+	return out, err
+}
+
+// podStatus is the status of a pod and of its containers as a view has them.
+func (s *Service) podStatus(p *pod, containers []*container, at time.Time) *runtime.PodSandboxStatusResponse {
 	st := &runtime.PodSandboxStatus{Id: p.ID, Metadata: p.config.GetMetadata(), State: p.criState(), CreatedAt: p.Created,
 		Network: &runtime.PodSandboxNetworkStatus{}, RuntimeHandler: p.Handler,
 		Linux:  &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: p.namespaceOptions()}},
@@ -122,16 +131,13 @@ func (s *Service) PodStatus(ctx context.Context, id string, verbose bool) (*runt
 			st.Network.AdditionalIps = append(st.Network.AdditionalIps, &runtime.PodIP{Ip: ip})
 		}
 	}
-	out := &runtime.PodSandboxStatusResponse{Status: st, Timestamp: now.UnixNano()}
-	for _, c := range v.byPod[p.ID] {
+	out := &runtime.PodSandboxStatusResponse{Status: st, Timestamp: at.UnixNano()}
+	for _, c := range containers {
 		if c.listed() {
 			out.ContainersStatuses = append(out.ContainersStatuses, s.statusOf(c))
 		}
 	}
-	if verbose {
-		out.Info, err = s.podInfo(p)
-	}
-	return out, err
+	return out
 }
 
 func (p *pod) namespaceOptions() *runtime.NamespaceOption {
@@ -162,8 +168,8 @@ func (s *Service) statusOf(c *container) *runtime.ContainerStatus {
 	for _, g := range c.User.Groups {
 		st.User.Linux.SupplementalGroups = append(st.User.Linux.SupplementalGroups, int64(g))
 	}
-	if c.resources != nil {
-		st.Resources = &runtime.ContainerResources{Linux: c.resources}
+	if r := s.resourcesOf(c); r != nil {
+		st.Resources = &runtime.ContainerResources{Linux: r}
 	}
 	return st
 }

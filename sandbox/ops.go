@@ -102,6 +102,13 @@ func (o *ops) wait(ctx context.Context, verb, object string) error {
 	}
 }
 
+// active tells whether the operation verb on object is under way.
+func (o *ops) active(verb, object string) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.running[verb+" "+object] != nil
+}
+
 // close refuses new operations and waits for those that run, until ctx ends.
 func (o *ops) close(ctx context.Context) error {
 	o.mu.Lock()

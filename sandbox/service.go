@@ -112,6 +112,7 @@ func (s *Service) prepare() error {
 func (s *Service) Close(ctx context.Context) error {
 	err := s.ops.close(ctx)
 	s.cancel()
+	s.book.events.close()
 	s.live.closeAll()
 	s.bg.Wait()
 	return err

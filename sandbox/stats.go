@@ -5,37 +5,46 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	goruntime "runtime"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/sandbox/cgroup"
 )
 
-// statsCache keeps what stats need from call to call: the last CPU reading, for
-// a rate, and the size of writable layers, which is too dear to walk each time.
+// statsCache keeps what stats need from call to call: the open files of cgroups,
+// the last CPU readings, for a rate, and the size of writable layers, which is
+// too dear to walk each time.
 type statsCache struct {
-	mu sync.Mutex
-	m  map[string]*statsEntry
+	mu    sync.Mutex
+	m     map[string]*statsEntry
+	walks chan struct{} // slots for walks of writable layers
 }
 
+// statsEntry is for a container, or for the cgroup of a pod.
 type statsEntry struct {
-	mu       sync.Mutex // one walk at a time
-	cpu      uint64     // ns
-	cpuAt    time.Time
-	rate     uint64 // nanocores
+	reading sync.Mutex // guards reader; held while the kernel's files are read
+	reader  *cgroup.Reader
+
+	mu       sync.Mutex // guards the rest
+	rate     cpuRate
 	layer    *runtime.FilesystemUsage
 	layerAt  time.Time
 	walking  bool
 	walkedIn time.Duration
 }
 
-// minRateWindow is the least time between two readings from which a CPU rate is
-// made; calls that come faster get the last one.
-const minRateWindow = 100 * time.Millisecond
+// maxWalks is how many writable layers are walked at once.
+const maxWalks = 2
 
-func newStatsCache() *statsCache { return &statsCache{m: map[string]*statsEntry{}} }
+func newStatsCache() *statsCache {
+	return &statsCache{m: map[string]*statsEntry{}, walks: make(chan struct{}, maxWalks)}
+}
 
 func (s *statsCache) entry(id string) *statsEntry {
 	s.mu.Lock()
@@ -48,26 +57,73 @@ func (s *statsCache) entry(id string) *statsEntry {
 	return e
 }
 
+// drop forgets an object that is gone. A call that has seen it just before may
+// make a new entry; see gone.
 func (s *statsCache) drop(id string) {
+	s.rest(id)
 	s.mu.Lock()
 	delete(s.m, id)
 	s.mu.Unlock()
 }
 
-// nanoCores returns the CPU rate since the last reading; false before there are
-// two.
+// rest closes the files of an object that has no processes any more.
+func (s *statsCache) rest(id string) {
+	s.mu.Lock()
+	e := s.m[id]
+	s.mu.Unlock()
+	if e != nil {
+		e.reading.Lock()
+		defer e.reading.Unlock()
+		if e.reader != nil {
+			e.reader.Close()
+		}
+	}
+}
+
+// with runs fn with the reader of a group.
+func (e *statsEntry) with(g cgroup.Group, fn func(*cgroup.Reader) error) error {
+	e.reading.Lock()
+	defer e.reading.Unlock()
+	if e.reader == nil {
+		e.reader = g.Reader()
+	}
+	return fn(e.reader)
+}
+
+// cpuRate makes a rate of readings of a counter. It goes back to a reading that
+// is at least minRateWindow old if there is one, so that it does not matter how
+// often and by how many callers it is asked for.
+type cpuRate struct{ older, newer cpuReading }
+
+type cpuReading struct {
+	usage uint64 // ns
+	at    time.Time
+}
+
+// minRateWindow is the time that has to pass before a reading takes the place of
+// an older one.
+const minRateWindow = 100 * time.Millisecond
+
+// add takes in a reading and returns the rate in nanocores; false before there
+// are two that differ in time.
+func (r *cpuRate) add(usage uint64, at time.Time) (uint64, bool) {
+	switch {
+	case r.newer.at.IsZero() || usage < r.newer.usage: // the first, or of another cgroup
+		r.older, r.newer = cpuReading{usage, at}, cpuReading{usage, at}
+	case at.Sub(r.newer.at) >= minRateWindow:
+		r.older, r.newer = r.newer, cpuReading{usage, at}
+	}
+	d := at.Sub(r.older.at)
+	if d <= 0 {
+		return 0, false
+	}
+	return uint64(float64(usage-r.older.usage) / d.Seconds()), true
+}
+
 func (e *statsEntry) nanoCores(usage uint64, at time.Time) (uint64, bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.cpuAt.IsZero() {
-		e.cpu, e.cpuAt = usage, at
-		return 0, false
-	}
-	if d := at.Sub(e.cpuAt); d >= minRateWindow && usage >= e.cpu {
-		e.rate = uint64(float64(usage-e.cpu) / d.Seconds())
-		e.cpu, e.cpuAt = usage, at
-	}
-	return e.rate, true
+	return e.rate.add(usage, at)
 }
 
 // ContainerStats returns the resource usage of a container, read from its cgroup
@@ -77,65 +133,119 @@ func (s *Service) ContainerStats(ctx context.Context, id string) (*runtime.Conta
 	if err != nil {
 		return nil, err
 	}
-	return s.statsOf(ctx, c)
+	out, _, err := s.containerStats(ctx, c)
+	return out, err
 }
 
 // ListContainerStats returns the usage of all running containers that match the
-// filter; nil matches all.
+// filter, the newest first; nil matches all. A container that cannot be read has
+// no figures.
 func (s *Service) ListContainerStats(ctx context.Context, f *runtime.ContainerStatsFilter) ([]*runtime.ContainerStats, error) {
-	out := []*runtime.ContainerStats{}
+	list := s.matching(f.GetId(), f.GetPodSandboxId(), f.GetLabelSelector())
+	list = slices.DeleteFunc(list, func(c *container) bool { return c.State != StateRunning })
+	slices.SortFunc(list, func(a, b *container) int { return newer(a.Created, b.Created, a.ID, b.ID) })
 	// One limit for all: first walks of many writable layers do not add up.
 	ctx, cancel := context.WithTimeout(ctx, firstWalk)
 	defer cancel()
-	for _, c := range s.matching(f.GetId(), f.GetPodSandboxId(), f.GetLabelSelector()) {
-		if c.State != StateRunning {
-			continue
-		}
-		st, err := s.statsOf(ctx, c)
+	return eachCPU(list, func(c *container) *runtime.ContainerStats {
+		out, _, err := s.containerStats(ctx, c)
 		if err != nil {
-			return nil, err
+			klog.FromContext(ctx).V(2).Info("Stats not read", "containerID", c.ID, "err", err)
 		}
-		out = append(out, st)
-	}
-	return out, nil
+		return out
+	}), nil
 }
 
-func (s *Service) statsOf(ctx context.Context, c *container) (*runtime.ContainerStats, error) {
+// eachCPU maps a list in parallel, in its order.
+func eachCPU[A, B any](list []A, fn func(A) B) []B {
+	out := make([]B, len(list))
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range min(len(list), goruntime.GOMAXPROCS(0)) {
+		wg.Go(func() {
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= len(list) {
+					return
+				}
+				out[i] = fn(list[i])
+			}
+		})
+	}
+	wg.Wait()
+	return out
+}
+
+// containerStats reads the usage of a container, and returns it also as it was
+// read. What it can tell it does, also with an error.
+func (s *Service) containerStats(ctx context.Context, c *container) (*runtime.ContainerStats, cgroup.Stats, error) {
 	out := &runtime.ContainerStats{Attributes: &runtime.ContainerAttributes{Id: c.ID, Metadata: c.config.GetMetadata(),
 		Labels: c.config.GetLabels(), Annotations: c.config.GetAnnotations()}}
+	defer s.forgetGone(c.ID)
 	e := s.stats.entry(c.ID)
+	var st cgroup.Stats
+	var err error
 	if c.State == StateRunning || c.State == StateCreated {
-		st, err := s.hier.Group(s.cfg.CgroupDriver, c.CgroupPath).Stats()
-		if err != nil && !errors.Is(err, cgroup.ErrGone) {
-			return nil, fmt.Errorf("container %s: %w", c.ID, err)
-		}
-		if err == nil {
+		err = e.with(s.groupOf(c), func(r *cgroup.Reader) (err error) { st, err = r.Stats(); return err })
+		if errors.Is(err, cgroup.ErrGone) {
+			err = nil // it ends just now
+		} else if err == nil {
 			fillStats(out, st, e)
 		}
 	}
 	out.WritableLayer = s.layerUsage(ctx, c.ID, e)
-	return out, nil
+	if err != nil {
+		err = fmt.Errorf("container %s: %w", c.ID, err)
+	}
+	return out, st, err
+}
+
+// forgetGone drops what was kept of an object that was removed during the call.
+func (s *Service) forgetGone(id string) {
+	v := s.book.view()
+	if v.containers[id] == nil && v.pods[id] == nil {
+		s.stats.drop(id)
+	}
+}
+
+func (s *Service) groupOf(c *container) cgroup.Group {
+	return s.hier.Group(s.cfg.CgroupDriver, c.CgroupPath)
 }
 
 func fillStats(out *runtime.ContainerStats, st cgroup.Stats, e *statsEntry) {
 	at := st.At.UnixNano()
-	out.Cpu = &runtime.CpuUsage{Timestamp: at, UsageCoreNanoSeconds: u64(st.CPUUsage), Psi: psi(st.CPU)}
+	out.Cpu = cpuUsage(st)
 	if rate, ok := e.nanoCores(st.CPUUsage, st.At); ok {
 		out.Cpu.UsageNanoCores = u64(rate)
 	}
-	out.Memory = &runtime.MemoryUsage{Timestamp: at, WorkingSetBytes: u64(st.WorkingSet), UsageBytes: u64(st.MemoryUsage),
-		RssBytes: u64(st.RSS), PageFaults: u64(st.PageFaults), MajorPageFaults: u64(st.MajorFaults), Psi: psi(st.Memory)}
-	if st.MemoryLimit != cgroup.NoLimit {
-		// proto: available = limit - working set; not set without a limit
-		out.Memory.AvailableBytes = u64(st.MemoryLimit - min(st.MemoryLimit, st.WorkingSet))
-	}
+	out.Memory = memoryUsage(st)
 	out.Swap = &runtime.SwapUsage{Timestamp: at, SwapUsageBytes: u64(st.SwapUsage)}
-	if st.SwapLimit != cgroup.NoLimit {
-		out.Swap.SwapAvailableBytes = u64(st.SwapLimit - min(st.SwapLimit, st.SwapUsage))
+	if left, ok := st.SwapAvailable(); ok {
+		out.Swap.SwapAvailableBytes = u64(left)
 	}
-	if st.IO != nil {
-		out.Io = &runtime.IoUsage{Timestamp: at, Psi: psi(st.IO)}
+	out.Io = ioUsage(st)
+}
+
+// cpuUsage is all but the rate.
+func cpuUsage(st cgroup.Stats) *runtime.CpuUsage {
+	return &runtime.CpuUsage{Timestamp: st.At.UnixNano(), UsageCoreNanoSeconds: u64(st.CPUUsage), Psi: psi(st.CPU)}
+}
+
+func memoryUsage(st cgroup.Stats) *runtime.MemoryUsage {
+	m := &runtime.MemoryUsage{Timestamp: st.At.UnixNano(), WorkingSetBytes: u64(st.WorkingSet), UsageBytes: u64(st.MemoryUsage),
+		RssBytes: u64(st.RSS), PageFaults: u64(st.PageFaults), MajorPageFaults: u64(st.MajorFaults), Psi: psi(st.Memory)}
+	// proto: available = limit - working set; not set without a limit
+	if left, ok := st.MemoryAvailable(); ok {
+		m.AvailableBytes = u64(left)
 	}
+	return m
+}
+
+func ioUsage(st cgroup.Stats) *runtime.IoUsage {
+	if st.IO == nil {
+		return nil
+	}
+	return &runtime.IoUsage{Timestamp: st.At.UnixNano(), Psi: psi(st.IO)}
 }
 
 func u64(v uint64) *runtime.UInt64Value { return &runtime.UInt64Value{Value: v} }
@@ -185,6 +295,8 @@ func (s *Service) layerUsage(ctx context.Context, id string, e *statsEntry) *run
 }
 
 func (s *Service) walkLayer(id string, e *statsEntry) {
+	s.stats.walks <- struct{}{}
+	defer func() { <-s.stats.walks }()
 	begun := time.Now()
 	u, err := s.deps.Snapshots.Usage(s.ctx, id)
 	e.mu.Lock()

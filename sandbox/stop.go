@@ -295,9 +295,15 @@ const (
 
 // markExited puts the exit of a container into the book. The first one counts.
 func (s *Service) markExited(id string, e shim.Exit) error {
+	starting := s.ops.active("start container", id)
 	c, err := s.book.updateContainer(id, func(_ *store.Tx, r *containerRow) error {
 		if r.State == StateExited {
 			return nil
+		}
+		if starting && r.State == StateCreated && r.Reason != reasonStart {
+			// It ended before its start was recorded. It has started all the
+			// same, and its followers are told so.
+			r.Started = max(r.Created+1, min(time.Now().UnixNano(), e.At.UnixNano()-1))
 		}
 		applyExit(r, e)
 		return nil
@@ -305,6 +311,7 @@ func (s *Service) markExited(id string, e shim.Exit) error {
 	if err != nil {
 		return err
 	}
+	s.stats.rest(id)
 	klog.FromContext(s.ctx).V(2).Info("Container exited", "container", c.config.GetMetadata().GetName(),
 		"containerID", id, "code", c.ExitCode, "reason", c.Reason)
 	return nil
