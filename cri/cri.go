@@ -103,6 +103,9 @@ type Deps struct {
 	Observer   Observer
 	Exec       Execer
 	Streams    Streams
+	Meter      Meter
+	Resizer    Resizer
+	Events     Events
 	Node       Node
 	Network    Network
 	Images     Images
@@ -132,19 +135,24 @@ type Server struct {
 	// own ranges, so it is only shown.
 	podCIDR atomic.Pointer[string]
 	nextID  atomic.Uint64
+	// life ends when the server stops, and with it the streams of events, which
+	// have no end of their own.
+	life context.Context
+	end  context.CancelFunc
 }
 
 // New builds a server with both services registered; Serve makes it reachable.
 // The logger of ctx is the parent of the logger of every call.
 func New(ctx context.Context, cfg Config, deps Deps) (*Server, error) {
 	if deps.Pods == nil || deps.Containers == nil || deps.Observer == nil || deps.Exec == nil ||
-		deps.Streams == nil || deps.Node == nil || deps.Network == nil || deps.Images == nil {
+		deps.Streams == nil || deps.Meter == nil || deps.Resizer == nil || deps.Events == nil || deps.Node == nil || deps.Network == nil || deps.Images == nil {
 		return nil, errors.New("cri server: a service behind it is missing")
 	}
 	if cfg.StopTimeout == 0 {
 		cfg.StopTimeout = 5 * time.Second
 	}
 	s := &Server{cfg: cfg, deps: deps, metrics: newMetrics()}
+	s.life, s.end = context.WithCancel(context.WithoutCancel(ctx))
 	s.streams = newStreamServer(s, cfg.Stream)
 	s.grpc = grpc.NewServer(s.options(ctx)...)
 	runtime.RegisterRuntimeServiceServer(s.grpc, &runtimeService{Server: s})

@@ -45,6 +45,8 @@ var table = []struct {
 	{sandbox.ErrTimeout, codes.DeadlineExceeded, ""},
 	{sandbox.ErrStuck, codes.Unavailable, ""},
 	{sandbox.ErrRuntime, codes.Unavailable, ""},
+	{sandbox.ErrBehind, codes.ResourceExhausted, ""},
+	{sandbox.ErrFollowers, codes.ResourceExhausted, ""},
 
 	{imageservice.ErrRegistryUnavailable, codes.Unknown, "RegistryUnavailable"},
 	{imageservice.ErrPolicyRejected, codes.Unknown, "SignatureValidationFailed"},

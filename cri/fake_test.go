@@ -38,6 +38,9 @@ type node struct {
 	podState     runtime.PodSandboxState
 	begun        chan bool  // gets that the fake's command "hang" runs
 	hung         chan error // gets why the fake's command "hang" ended
+	resources    *runtime.UpdatePodSandboxResourcesRequest
+	events       chan *runtime.ContainerEventResponse // nil: none come
+	eventsErr    error                                // ends the stream after events is closed
 }
 
 func newNode() *node {
@@ -255,7 +258,7 @@ func mustEdge(t *testing.T, n *node) *edge {
 		Version:     "1.2.3",
 		Info:        map[string]func() any{"cni": func() any { return []string{"berth"} }},
 		StopTimeout: 100 * time.Millisecond,
-	}, Deps{Pods: n, Containers: n, Observer: n, Exec: n, Streams: n, Node: n, Network: n, Images: n})
+	}, Deps{Pods: n, Containers: n, Observer: n, Exec: n, Streams: n, Meter: n, Resizer: n, Events: n, Node: n, Network: n, Images: n})
 	if err != nil {
 		t.Fatal(err)
 	}

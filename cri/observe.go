@@ -28,7 +28,7 @@ const (
 var lifecycle = map[string]bool{
 	"RunPodSandbox": true, "StopPodSandbox": true, "RemovePodSandbox": true,
 	"CreateContainer": true, "StartContainer": true, "StopContainer": true, "RemoveContainer": true,
-	"UpdateContainerResources": true, "ReopenContainerLog": true, "UpdateRuntimeConfig": true,
+	"UpdateContainerResources": true, "UpdatePodSandboxResources": true, "ReopenContainerLog": true, "UpdateRuntimeConfig": true,
 	"PullImage": true, "RemoveImage": true,
 }
 

@@ -71,6 +71,7 @@ func (s *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
 
 // stop ends the server: gracefully, or after the timeout at once.
 func (s *Server) stop() {
+	s.end()
 	cut := time.AfterFunc(s.cfg.StopTimeout, s.grpc.Stop)
 	defer cut.Stop()
 	s.grpc.GracefulStop()

@@ -69,7 +69,8 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	defer join(&err, func() error { return closeWithin(pods.Close) })
 	images.SetInUse(pods.ImagesInUse)
 	edge, err := cri.New(ctx, d.edge(network), cri.Deps{
-		Pods: pods, Containers: pods, Observer: pods, Exec: pods, Streams: pods, Node: pods, Network: network, Images: images,
+		Pods: pods, Containers: pods, Observer: pods, Exec: pods, Streams: pods, Meter: pods, Resizer: pods, Events: pods,
+		Node: pods, Network: network, Images: images,
 	})
 	if err != nil {
 		return err
