@@ -244,6 +244,7 @@ func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error 
 // the runtime forget it. It works without a shim, and without a runtime if no
 // state of it is left. A shimPid of zero means that nobody knows it.
 func (s *Service) endProcesses(ctx context.Context, rt *ociRuntime, id string, shimPid int, group cgroup.Group) error {
+	group.Thaw() // else SIGKILL would be in vain, and the shim wait for its effect
 	if err := s.endShim(ctx, id, shimPid); err != nil {
 		return err
 	}

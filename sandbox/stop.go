@@ -145,9 +145,15 @@ func (s *Service) kill(ctx context.Context, id string) error {
 	if s.exited(id) {
 		return nil
 	}
-	if err := s.killByShim(ctx, id); errors.Is(err, errClosing) {
+	err := s.killByShim(ctx, id)
+	if errors.Is(err, errClosing) {
 		return err
-	} else if err == nil {
+	}
+	// On cgroup v1 a frozen process gets its SIGKILL when it is let go.
+	if c := s.book.view().containers[id]; c != nil {
+		s.groupOf(c).Thaw()
+	}
+	if err == nil {
 		if done, err := s.waitExit(ctx, id, killWait); done || err != nil {
 			return err
 		}
@@ -209,6 +215,9 @@ func describe(g cgroup.Group) string {
 			state = string(text[i+2])
 		}
 		list = append(list, fmt.Sprintf("pid %d in state %s", pid, state))
+	}
+	if g.Frozen() {
+		list = append(list, "the cgroup is frozen")
 	}
 	return fmt.Sprintf("%d processes left: %s", len(pids), strings.Join(list, ", "))
 }

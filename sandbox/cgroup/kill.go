@@ -103,24 +103,45 @@ func (g Group) killOnce() error {
 }
 
 // freeze stops the group as far as that works, it only narrows a race, and returns
-// what undoes it.
+// what undoes it. Freezing takes effect later; a process that forks until then is
+// found by the next look.
 func (g Group) freeze() (thaw func()) {
-	dir, file, on, off := g.dir("freezer"), "freezer.state", "FROZEN", "THAWED"
-	if g.h.v2 {
-		file, on, off = "cgroup.freeze", "1", "0"
-	}
-	if dir == "" || write(dir, file, on) != nil {
+	dir, file := g.freezer()
+	if dir == "" || write(dir, file, map[bool]string{false: "FROZEN", true: "1"}[g.h.v2]) != nil {
 		return func() {}
 	}
-	// Freezing takes effect later; a process that forks until then is found
-	// by the next look.
-	// Thawing goes below as well: on v1 SIGKILL does not reach what a
-	// container has frozen in a group of its own.
-	return func() {
-		for _, d := range append([]string{dir}, subgroups(dir)...) {
-			_ = write(d, file, off)
-		}
+	return g.Thaw
+}
+
+// Thaw lets the processes of the group and of those below it run again, if
+// somebody has frozen them: on v1 not even SIGKILL reaches a frozen one.
+func (g Group) Thaw() {
+	dir, file := g.freezer()
+	if dir == "" {
+		return
 	}
+	for _, d := range append([]string{dir}, subgroups(dir)...) {
+		_ = write(d, file, map[bool]string{false: "THAWED", true: "0"}[g.h.v2])
+	}
+}
+
+// Frozen tells whether the group is frozen, by itself or by one above it.
+func (g Group) Frozen() bool {
+	dir, _ := g.freezer()
+	if g.h.v2 {
+		b, err := os.ReadFile(filepath.Join(dir, "cgroup.events"))
+		return err == nil && keys(b, "frozen")[0] == 1
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "freezer.state"))
+	return err == nil && string(bytes.TrimSpace(b)) != "THAWED"
+}
+
+// freezer returns the directory and the name of the file that freezes.
+func (g Group) freezer() (dir, file string) {
+	if g.h.v2 {
+		return g.dir(unified), "cgroup.freeze"
+	}
+	return g.dir("freezer"), "freezer.state"
 }
 
 // signalAll sends SIGKILL to all processes by pidfd. A process is looked up in the

@@ -206,6 +206,20 @@ func TestKillFrozen(t *testing.T) {
 		t.Fatal(err)
 	}
 	cmd := mustRun(t, below, "sleep 60")
+	thaw := below.freeze()
+	for range 2000 {
+		if below.Frozen() {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if !below.Frozen() || g.Frozen() {
+		t.Errorf("frozen: %v, the one above: %v", below.Frozen(), g.Frozen())
+	}
+	thaw()
+	if below.Frozen() {
+		t.Error("frozen after a thaw")
+	}
 	below.freeze()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
