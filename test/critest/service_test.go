@@ -97,46 +97,16 @@ func TestUnimplemented(t *testing.T) {
 	b := open(t)
 	b.ours()
 	for name, call := range map[string]func() error{
-		"PodSandboxStats": func() error {
-			_, err := b.client.PodSandboxStats(b.ctx, &runtime.PodSandboxStatsRequest{})
-			return err
-		},
-		"ListPodSandboxStats": func() error {
-			_, err := b.client.ListPodSandboxStats(b.ctx, &runtime.ListPodSandboxStatsRequest{})
-			return err
-		},
 		"CheckpointContainer": func() error {
 			_, err := b.client.CheckpointContainer(b.ctx, &runtime.CheckpointContainerRequest{})
 			return err
 		},
+		"RestorePod": func() error {
+			_, err := b.client.RestorePod(b.ctx, &runtime.RestorePodRequest{})
+			return err
+		},
 		"CheckpointPod": func() error {
 			_, err := b.client.CheckpointPod(b.ctx, &runtime.CheckpointPodRequest{})
-			return err
-		},
-		"ListMetricDescriptors": func() error {
-			_, err := b.client.ListMetricDescriptors(b.ctx, &runtime.ListMetricDescriptorsRequest{})
-			return err
-		},
-		"ListPodSandboxMetrics": func() error {
-			_, err := b.client.ListPodSandboxMetrics(b.ctx, &runtime.ListPodSandboxMetricsRequest{})
-			return err
-		},
-		"UpdatePodSandboxResources": func() error {
-			_, err := b.client.UpdatePodSandboxResources(b.ctx, &runtime.UpdatePodSandboxResourcesRequest{})
-			return err
-		},
-		"GetContainerEvents": func() error {
-			stream, err := b.client.GetContainerEvents(b.ctx, &runtime.GetEventsRequest{})
-			if err == nil {
-				_, err = stream.Recv()
-			}
-			return err
-		},
-		"StreamContainers": func() error {
-			stream, err := b.client.StreamContainers(b.ctx, &runtime.StreamContainersRequest{})
-			if err == nil {
-				_, err = stream.Recv()
-			}
 			return err
 		},
 	} {
