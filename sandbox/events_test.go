@@ -21,7 +21,6 @@ type story struct {
 	t *testing.T
 	s *Service
 	f *follower
-	n int
 }
 
 func newStory(t *testing.T) *story {
