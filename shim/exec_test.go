@@ -101,7 +101,14 @@ func TestExecRuntimeHangs(t *testing.T) {
 	if err != nil || !r.TimedOut {
 		t.Errorf("got %+v, %v; want TimedOut", r, err)
 	}
-	mustT(t, c.c.Kill(ctxFor(t, time.Minute), 9, false))
+	// The container ends before the process has begun: that is no success.
+	go func() {
+		time.Sleep(300 * time.Millisecond)
+		c.c.Kill(context.Background(), 9, false)
+	}()
+	if r, err = c.exec(shim.ExecRequest{}, "true"); err != nil || r.ExitCode != 137 {
+		t.Errorf("got %+v, %v; want code 137", r, err)
+	}
 	c.exit()
 }
 

@@ -333,8 +333,13 @@ func (x *exec) finish(e *stepError) {
 	} else {
 		b := &s.b
 		b.Buf = b.Buf[:0]
+		code := exitCode(x.status)
+		if x.killed && !x.ended {
+			// Killed with its runtime, before it ran, or not dead yet.
+			code = 128 + int(unix.SIGKILL)
+		}
 		r := wire.ExecResult{
-			ExitCode:        exitCode(x.status),
+			ExitCode:        code,
 			StdoutTruncated: x.out[0].cut,
 			StderrTruncated: x.out[1].cut,
 			TimedOut:        x.timedOut,
