@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 )
 
@@ -28,10 +29,11 @@ func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		return nil, nil, err
 	}
 	h.x.last.Store(time.Now().UnixNano())
-	c := &sessionConn{Conn: conn, x: h.x, from: conn}
+	from := io.Reader(conn)
 	if len(early) > 0 {
-		c.from = io.MultiReader(bytes.NewReader(bytes.Clone(early)), conn)
+		from = io.MultiReader(bytes.NewReader(bytes.Clone(early)), conn)
 	}
+	c := &sessionConn{Conn: conn, x: h.x, from: newAheadReader(conn, from)}
 	h.x.mu.Lock()
 	h.x.conn = conn
 	closed := h.x.closed
@@ -46,7 +48,8 @@ func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 type sessionConn struct {
 	net.Conn
 	x    *session
-	from io.Reader
+	from *aheadReader
+	wmu  sync.Mutex // one write at a time
 }
 
 func (c *sessionConn) Read(p []byte) (int, error) {
@@ -59,7 +62,11 @@ func (c *sessionConn) Read(p []byte) (int, error) {
 }
 
 func (c *sessionConn) Write(p []byte) (int, error) {
+	c.wmu.Lock()
+	written := c.from.writing()
 	n, err := c.Conn.Write(p)
+	written()
+	c.wmu.Unlock()
 	c.done(n, err)
 	return n, err
 }

@@ -318,11 +318,8 @@ func (x *session) check(idle time.Duration) {
 const closeWait = 8
 
 func peerClosed(c net.Conn) bool {
-	if secure, ok := c.(*tls.Conn); ok {
-		c = secure.NetConn()
-	}
-	tcp, ok := c.(*net.TCPConn)
-	if !ok {
+	tcp := tcpOf(c)
+	if tcp == nil {
 		return false
 	}
 	raw, err := tcp.SyscallConn()
