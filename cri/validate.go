@@ -152,7 +152,7 @@ func checkContainerConfig(field string, c *runtime.ContainerConfig) error {
 		func() error { return checkEnum(field+".stop_signal", int32(c.GetStopSignal()), runtime.Signal_name) },
 		func() error { return checkContainerLinux(field+".linux", c.GetLinux()) },
 		func() error { return checkAbsent(field+".windows", c.GetWindows() != nil) },
-		func() error { return checkAbsent(field+".CDI_devices", len(c.GetCDIDevices()) > 0) },
+		func() error { return checkCount(field+".CDI_devices", len(c.GetCDIDevices()), maxList) },
 	)
 }
 

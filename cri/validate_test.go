@@ -173,7 +173,7 @@ func TestCheckCreateContainer(t *testing.T) {
 			c.Devices = []*runtime.Device{{HostPath: "/dev/a", ContainerPath: "/dev/b", Permissions: "rx"}}
 		}, "config.devices[0].permissions"},
 		"stop signal":     {func(c *runtime.ContainerConfig) { c.StopSignal = 99 }, "config.stop_signal"},
-		"cdi":             {func(c *runtime.ContainerConfig) { c.CDIDevices = []*runtime.CDIDevice{{Name: "a.org/b=c"}} }, "config.CDI_devices"},
+		"cdi":             {func(c *runtime.ContainerConfig) { c.CDIDevices = make([]*runtime.CDIDevice, 4097) }, "config.CDI_devices"},
 		"user":            {user(func(s *runtime.LinuxContainerSecurityContext) { s.RunAsUser, s.RunAsGroup = id(1), id(4294967294) }), ""},
 		"user negative":   {user(func(s *runtime.LinuxContainerSecurityContext) { s.RunAsUser = id(-1) }), "config.linux.security_context.run_as_user"},
 		"user 2^32-1":     {user(func(s *runtime.LinuxContainerSecurityContext) { s.RunAsUser = id(1<<32 - 1) }), "config.linux.security_context.run_as_user"},

@@ -54,6 +54,9 @@ type Config struct {
 	UnprivilegedPorts, UnprivilegedICMP bool
 	// StatsTTL is how old stats of the writable layer may be, zero is 10 s.
 	StatsTTL time.Duration
+	// CDISpecDirs are the directories of CDI specifications, the last one counts
+	// most; none turns CDI off.
+	CDISpecDirs []string
 	// BootID identifies this boot of the machine; "" reads it from the kernel.
 	BootID string
 }

@@ -75,6 +75,7 @@ type containerPlan struct {
 	mounts []snapshotter.Mount
 
 	volumes []imageVolume
+	cdi     []string // names of CDI devices
 }
 
 // planContainer checks what can be checked before anything is done.
@@ -175,8 +176,11 @@ func (s *Service) planSpec(plan *containerPlan) error {
 		return err
 	}
 	in.ProcessLabel, in.MountLabel = plan.row.Labels.Process, plan.row.Labels.Mount
+	if plan.cdi, err = cdiNames(cfg); err != nil {
+		return err
+	}
 	plan.in = in
-	return nil
+	return s.checkCDI(plan.cdi)
 }
 
 // namespaces decides which namespaces the container joins.
@@ -315,6 +319,9 @@ func (s *Service) confine(ctx context.Context, plan *containerPlan) error {
 // writeBundle writes what the OCI runtime reads, and the note.
 func (s *Service) writeBundle(plan *containerPlan) error {
 	sp, err := spec.Build(plan.in)
+	if err == nil {
+		err = s.injectCDI(sp, plan.cdi)
+	}
 	if err != nil {
 		return err
 	}

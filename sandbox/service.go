@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"k8s.io/klog/v2"
+	"tags.cncf.io/container-device-interface/pkg/cdi"
 
 	"github.com/berthd/berth/sandbox/cgroup"
 	"github.com/berthd/berth/sandbox/spec"
@@ -29,6 +30,7 @@ type Service struct {
 	oomFloor int
 	initDir  string // root file system of the pods' init containers
 	appArmor *appArmor
+	cdi      *cdi.Cache // nil when it is off
 	stats    *statsCache
 	forwards *forwards
 
@@ -103,6 +105,9 @@ func (s *Service) prepare() error {
 		return err
 	}
 	s.oomFloor = oomScoreFloor()
+	if s.cdi, err = newCDI(s.cfg.CDISpecDirs); err != nil {
+		return err
+	}
 	s.initDir, err = installInit(filepath.Join(s.cfg.RunDir, "init"), s.cfg.InitBinary)
 	return err
 }

@@ -30,6 +30,7 @@ type config struct {
 	StatsTTL                     time.Duration
 	UnprivilegedPorts            bool
 	UnprivilegedICMP             bool
+	CDISpecDirs                  []string
 
 	StreamListen                             string
 	StreamIdleTimeout, StreamCreationTimeout time.Duration
@@ -104,6 +105,8 @@ func (c *config) fields() []*field {
 			"Let every process of a pod listen below port 1024."),
 		boolean(&c.UnprivilegedICMP, "enable_unprivileged_icmp", true,
 			"Let every process of a pod send pings."),
+		list(&c.CDISpecDirs, "cdi_spec_dirs", []string{"/etc/cdi", "/var/run/cdi"}, checkAbsolute,
+			"Directories of CDI specifications, which tell what a vendor's device needs; of two that define the same device the later one counts. They are watched, and need not exist. [] turns CDI off.").limited("absolute paths"),
 
 		text(&c.StreamListen, "stream_listen", "127.0.0.1:0", checkStreamListen,
 			`Where sessions of exec, attach and port-forward are served: IP address and port, 0 for any port. The kubelet connects to it, from this node. "" means that there are none.`),

@@ -38,7 +38,7 @@ func (c *config) sandbox() (sandbox.Config, error) {
 		ExecOutputLimit: c.ExecOutputLimit, ExecDrain: c.ExecDrain,
 		MaxLogLine:        int(c.MaxLogLine),
 		UnprivilegedPorts: c.UnprivilegedPorts, UnprivilegedICMP: c.UnprivilegedICMP,
-		StatsTTL: c.StatsTTL,
+		StatsTTL: c.StatsTTL, CDISpecDirs: c.CDISpecDirs,
 		// Tests pretend a reboot with it; empty is the kernel's own.
 		BootID: os.Getenv("BERTH_TEST_BOOT_ID"),
 	}, nil

@@ -36,6 +36,7 @@ type suite struct {
 	parent   string
 	endpoint string
 	bin      string // directory of the built programs
+	cdi      string // directory of CDI specifications; a test makes it
 }
 
 var shared *suite // nil: not root
@@ -86,7 +87,7 @@ func newSuite(ctx context.Context, dir string) (*suite, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &suite{logs: filepath.Join(dir, "pods"), parent: fmt.Sprintf("/critest%d", os.Getpid()), endpoint: os.Getenv("BERTH_ENDPOINT")}
+	s := &suite{logs: filepath.Join(dir, "pods"), parent: fmt.Sprintf("/critest%d", os.Getpid()), endpoint: os.Getenv("BERTH_ENDPOINT"), cdi: filepath.Join(dir, "cdi")}
 	if s.guest, err = images.BuildGuest(ctx, root, dir); err != nil {
 		return s, err
 	}
@@ -101,7 +102,8 @@ func newSuite(ctx context.Context, dir string) (*suite, error) {
 		if s.bin, err = node.Build(ctx, root, dir); err != nil {
 			return s, err
 		}
-		if s.node, err = node.New(node.Options{Bin: s.bin, Registries: []string{s.registry.Addr()}}); err != nil {
+		if s.node, err = node.New(node.Options{Bin: s.bin, Registries: []string{s.registry.Addr()},
+			Config: fmt.Sprintf("cdi_spec_dirs = [%q]\n", s.cdi)}); err != nil {
 			return s, err
 		}
 		s.endpoint, s.parent, s.logs = s.node.Socket, s.node.Parent, s.node.LogDir
