@@ -28,8 +28,8 @@
 //     also appears in every other mount namespace that is a peer.
 //   - The kernel frees a network namespace some time after its last pin is gone,
 //     in the background: interfaces in it can outlive Destroy by a moment.
-//   - User and PID namespaces cannot be made by a thread of a running process
-//     and are not among the kinds.
+//   - A user namespace cannot be made by a thread of a running process: CreateIn
+//     starts one for it. PID namespaces are not among the kinds.
 package netns
 
 import (
@@ -66,6 +66,8 @@ const (
 	Net Kind = "net"
 	IPC Kind = "ipc"
 	UTS Kind = "uts"
+	// User is pinned by CreateIn only, and cannot be entered with Do.
+	User Kind = "user"
 )
 
 // cloneFlags are the kinds that unshare(2) makes for one thread alone.
@@ -125,6 +127,11 @@ func (p *Pins) Create(ctx context.Context, id string, kinds []Kind, setup func()
 	if err != nil {
 		return fmt.Errorf("pins %q: %w", id, err)
 	}
+	return p.create(ctx, id, func() error { return p.fill(ctx, id, kinds, flags, setup) })
+}
+
+// create runs fill on a thread of its own, with a directory for the pins.
+func (p *Pins) create(ctx context.Context, id string, fill func() error) error {
 	if err := checkID(id); err != nil {
 		return fmt.Errorf("pins: %w", err)
 	}
@@ -136,8 +143,7 @@ func (p *Pins) Create(ctx context.Context, id string, kinds []Kind, setup func()
 	} else if err != nil {
 		return fmt.Errorf("pins %s: %w", id, err)
 	}
-	err = onThread(func() error { return p.fill(ctx, id, kinds, flags, setup) })
-	if err != nil {
+	if err := onThread(fill); err != nil {
 		return errors.Join(fmt.Errorf("pins %s: %w", id, err), p.Destroy(id))
 	}
 	return nil
@@ -148,24 +154,29 @@ func (p *Pins) fill(ctx context.Context, id string, kinds []Kind, flags int, set
 	if err := unix.Unshare(flags); err != nil {
 		return fmt.Errorf("unshare %v: %w", kinds, err)
 	}
-	if setup != nil {
-		if err := setup(); err != nil {
-			return fmt.Errorf("setup: %w", err)
-		}
-	}
-	if err := ctx.Err(); err != nil {
+	if err := runSetup(ctx, setup); err != nil {
 		return err
 	}
 	for _, k := range kinds {
-		if err := pin(k, p.Path(id, k)); err != nil {
+		// thread-self, not self: the latter is the main thread's.
+		if err := pin("/proc/thread-self/ns/"+string(k), p.Path(id, k)); err != nil {
 			return fmt.Errorf("%s namespace: %w", k, err)
 		}
 	}
 	return nil
 }
 
-// pin mounts the calling thread's namespace on a new file at path.
-func pin(k Kind, path string) error {
+func runSetup(ctx context.Context, setup func() error) error {
+	if setup != nil {
+		if err := setup(); err != nil {
+			return fmt.Errorf("setup: %w", err)
+		}
+	}
+	return ctx.Err()
+}
+
+// pin mounts a namespace on a new file at path.
+func pin(ns, path string) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o400)
 	if err != nil {
 		return err
@@ -173,8 +184,7 @@ func pin(k Kind, path string) error {
 	if err := f.Close(); err != nil {
 		return err
 	}
-	// thread-self, not self: the latter is the main thread's.
-	if err := unix.Mount("/proc/thread-self/ns/"+string(k), path, "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount(ns, path, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("bind mount: %w", err)
 	}
 	return nil
