@@ -77,6 +77,13 @@ func (s *Service) checkCDI(names []string) error {
 	if s.cdi == nil {
 		return fmt.Errorf("%w: CDI device %.200q: CDI is off, cdi_spec_dirs is empty", ErrInvalid, names[0])
 	}
+	if slices.ContainsFunc(names, func(n string) bool { return s.cdi.GetDevice(n) == nil }) {
+		// A file may have been written a moment ago, and the news of it be
+		// on its way yet: configuring the cache has it read everything.
+		if err := s.cdi.Configure(cdi.WithSpecDirs(s.cdi.GetSpecDirectories()...)); err != nil {
+			return fmt.Errorf("CDI: %w", err)
+		}
+	}
 	for _, n := range names {
 		if s.cdi.GetDevice(n) == nil {
 			return fmt.Errorf("%w: CDI device %.200q: not in %s%s", ErrInvalid, n, strings.Join(s.cdi.GetSpecDirectories(), ", "), s.cdiFaults())

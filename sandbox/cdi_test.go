@@ -57,8 +57,5 @@ func TestCDIInject(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "w.json"), []byte("{"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := cache.Refresh(); err == nil {
-		t.Error("a broken file was read")
-	}
 	wantInvalid(t, s.checkCDI([]string{"w.com/c=a"}), "w.json")
 }
