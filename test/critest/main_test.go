@@ -47,6 +47,7 @@ func run(m *testing.M) int {
 	if os.Geteuid() != 0 {
 		return m.Run() // each test skips itself and says why
 	}
+	node.CloseOnSignal()
 	dir, err := os.MkdirTemp("", "critest-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "critest:", err)

@@ -6,9 +6,12 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -28,7 +31,45 @@ func (n *Node) Close() error {
 			errs = append(errs, fmt.Errorf("bridge %s: %w: %s", n.Name, err, out))
 		}
 	}
-	return errors.Join(append(errs, os.RemoveAll(n.RunDir), os.RemoveAll(n.Dir))...)
+	live.Delete(n)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	return errors.Join(append(errs, n.dropRules(ctx), os.RemoveAll(n.RunDir), os.RemoveAll(n.Dir))...)
+}
+
+// live holds the nodes that are not closed.
+var live sync.Map
+
+// ending is set when the process is about to end by a signal: nothing new is
+// started then.
+var ending atomic.Bool
+
+// CloseOnSignal removes all nodes and ends the process when it is interrupted
+// or terminated: a test that somebody stops is not to leave daemons behind.
+func CloseOnSignal() {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, unix.SIGINT, unix.SIGTERM)
+	go func() {
+		<-c
+		ending.Store(true)
+		live.Range(func(key, _ any) bool {
+			if err := key.(*Node).remains().Close(); err != nil {
+				fmt.Fprintln(os.Stderr, "clean-up:", err)
+			}
+			return true
+		})
+		os.Exit(130)
+	}()
+}
+
+// remains is the node as it is on the machine, without the handles that the
+// tests are using at this moment: its berthd is one more process to kill.
+func (n *Node) remains() *Node {
+	r := &Node{Name: n.Name, Dir: n.Dir, StateDir: n.StateDir, RunDir: n.RunDir, Parent: n.Parent}
+	for _, id := range n.ids.list() {
+		r.ids.add(id)
+	}
+	return r
 }
 
 // Reboot does to the node what a power cut does: berthd, shims and containers

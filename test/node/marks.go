@@ -237,7 +237,7 @@ func (n *Node) owns(pid, daemon int, ids []string) (what string, ok bool) {
 	if f[0] == "Z" {
 		return "zombie " + stat, daemon != 0 && f[1] == strconv.Itoa(daemon)
 	}
-	if env := read("environ"); strings.Contains(cmdline, n.RunDir+"/") || strings.Contains(env, n.RunDir+"/") || strings.Contains(cmdline, n.StateDir) {
+	if env := read("environ"); strings.Contains(cmdline, n.RunDir+"/") || strings.Contains(env, n.RunDir+"/") || strings.Contains(cmdline, n.Dir+"/") {
 		return cmdline, true
 	}
 	for _, line := range strings.Split(read("cgroup"), "\n") {

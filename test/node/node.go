@@ -110,6 +110,7 @@ func New(opts Options) (*Node, error) {
 	if err := n.configure(); err != nil {
 		return nil, fmt.Errorf("node: %w", err)
 	}
+	live.Store(n, nil)
 	return n, nil
 }
 
@@ -201,8 +202,8 @@ func (n *Node) Conflist() string {
 // Start runs berthd and returns when it said that it is ready (sd_notify), or
 // with its last words if it ends before.
 func (n *Node) Start(ctx context.Context) error {
-	if n.cmd != nil {
-		return errors.New("node: berthd already runs")
+	if n.cmd != nil || ending.Load() {
+		return errors.New("node: berthd already runs, or the test is being ended")
 	}
 	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(n.Dir, "notify.sock"), Net: "unixgram"})
 	if err != nil {
