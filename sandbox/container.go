@@ -54,7 +54,7 @@ func (s *Service) CreateContainer(ctx context.Context, podID string, cfg *runtim
 		// Here, not before: it looks at paths of the host, of which one on a
 		// dead network file system may hang.
 		o.enter("plan")
-		plan, err := s.planContainer(p, cfg, podCfg)
+		plan, err := s.planContainer(ctx, p, cfg, podCfg)
 		if err != nil {
 			return "", err
 		}
@@ -69,7 +69,7 @@ type containerPlan struct {
 	row    containerRow
 	config *runtime.ContainerConfig
 	image  imageservice.Image
-	rt     *ociRuntime
+	rt     ociRuntime
 	group  cgroup.Group
 	in     spec.Container
 	mounts []snapshotter.Mount
@@ -79,7 +79,7 @@ type containerPlan struct {
 }
 
 // planContainer checks what can be checked before anything is done.
-func (s *Service) planContainer(p *pod, cfg *runtime.ContainerConfig, podCfg *runtime.PodSandboxConfig) (*containerPlan, error) {
+func (s *Service) planContainer(ctx context.Context, p *pod, cfg *runtime.ContainerConfig, podCfg *runtime.PodSandboxConfig) (*containerPlan, error) {
 	if cfg.GetMetadata().GetName() == "" {
 		return nil, fmt.Errorf("%w: metadata.name: must not be empty", ErrInvalid)
 	}
@@ -94,8 +94,8 @@ func (s *Service) planContainer(p *pod, cfg *runtime.ContainerConfig, podCfg *ru
 	if err != nil {
 		return nil, fmt.Errorf("image.image: %w", err)
 	}
-	rt, err := s.handler(p.Handler)
-	if err != nil {
+	rt := s.runtimeOfPod(p)
+	if _, err := s.handler(rt.handler); err != nil {
 		return nil, err
 	}
 	raw, err := proto.Marshal(cfg)
@@ -103,7 +103,7 @@ func (s *Service) planContainer(p *pod, cfg *runtime.ContainerConfig, podCfg *ru
 		return nil, fmt.Errorf("%w: config: %d bytes, limit %d: %w", ErrInvalid, len(raw), maxConfig, err)
 	}
 	id := newID()
-	oci, err := cgroup.OCIPath(s.cfg.CgroupDriver, p.config.GetLinux().GetCgroupParent(), id)
+	oci, err := cgroup.OCIPath(rt.driver, p.config.GetLinux().GetCgroupParent(), id)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
@@ -115,9 +115,9 @@ func (s *Service) planContainer(p *pod, cfg *runtime.ContainerConfig, podCfg *ru
 	if err != nil {
 		return nil, err
 	}
-	plan := &containerPlan{pod: p, config: cfg, image: image, rt: rt, group: s.hier.Group(s.cfg.CgroupDriver, oci)}
+	plan := &containerPlan{pod: p, config: cfg, image: image, rt: rt, group: s.hier.Group(rt.driver, oci)}
 	plan.row = containerRow{ID: id, PodID: p.ID, State: StateCreating, Config: raw, BootID: s.cfg.BootID,
-		Handler: p.Handler, ImageID: image.ID, ImageRef: cfg.GetImage().GetImage(), CgroupPath: oci, LogPath: logPath,
+		Handler: p.Handler, OCI: rt.row(), ImageID: image.ID, ImageRef: cfg.GetImage().GetImage(), CgroupPath: oci, LogPath: logPath,
 		StopSignal: stop}
 	plan.row.ImageName, plan.row.ImageDigest = imageNames(image, plan.row.ImageRef)
 	if res := cfg.GetLinux().GetResources(); res != nil {
@@ -128,16 +128,16 @@ func (s *Service) planContainer(p *pod, cfg *runtime.ContainerConfig, podCfg *ru
 	if err := s.planVolumes(plan); err != nil {
 		return nil, err
 	}
-	return plan, s.planSpec(plan)
+	return plan, s.planSpec(ctx, plan)
 }
 
 // planSpec gathers what the OCI specification is built from, but for the user,
 // who is looked up in the container's file system.
-func (s *Service) planSpec(plan *containerPlan) error {
+func (s *Service) planSpec(ctx context.Context, plan *containerPlan) error {
 	p, cfg := plan.pod, plan.config
 	sc := cfg.GetLinux().GetSecurityContext()
 	host := s.host
-	if f, err := plan.rt.probe(context.Background()); err != nil {
+	if f, err := plan.rt.now(ctx); err != nil {
 		return err
 	} else if !f.recursiveReadOnly() {
 		host.RRO = false
@@ -347,7 +347,10 @@ func writeBundle(dir string, sp *specs.Spec) error {
 
 // launch starts the shim, which has the runtime create the container.
 func (s *Service) launch(ctx context.Context, plan *containerPlan) (shim.Launched, error) {
-	l := s.launchOf(plan.row.ID, s.bundleDir(plan.row.ID), plan.rt, plan.group)
+	l, err := s.launchOf(ctx, plan.row.ID, s.bundleDir(plan.row.ID), plan.rt, plan.group)
+	if err != nil {
+		return shim.Launched{}, err
+	}
 	l.ExitFile, l.LogPath = s.exitFile(plan.row.ID), plan.row.LogPath
 	l.Terminal, l.Stdin, l.StdinOnce = plan.config.GetTty(), plan.config.GetStdin(), plan.config.GetStdinOnce()
 	l.PrivatePID = plan.row.PrivatePID
@@ -368,14 +371,11 @@ func (s *Service) launch(ctx context.Context, plan *containerPlan) (shim.Launche
 }
 
 // launchOf fills in what is the same for containers and inits.
-func (s *Service) launchOf(id, bundle string, rt *ociRuntime, group cgroup.Group) shim.Launch {
-	path := rt.path
-	if f, err := rt.probe(context.Background()); err == nil {
-		path = f.Path
-	}
-	return shim.Launch{ID: id, Bundle: bundle, Runtime: path, RuntimeRoot: rt.root, SystemdCgroup: rt.systemd,
+func (s *Service) launchOf(ctx context.Context, id, bundle string, rt ociRuntime, group cgroup.Group) (shim.Launch, error) {
+	path, err := rt.bin(ctx)
+	return shim.Launch{ID: id, Bundle: bundle, Runtime: path, RuntimeRoot: rt.root, SystemdCgroup: rt.driver == cgroup.Systemd,
 		Socket: s.socket(id), ExitFile: filepath.Join(bundle, "exit"), Rootfs: filepath.Join(bundle, "rootfs"),
-		OOMFile: group.OOMFile(), CgroupKill: group.Dirs(), MaxLogLine: s.cfg.MaxLogLine, DrainTimeout: s.cfg.ExecDrain}
+		OOMFile: group.OOMFile(), CgroupKill: group.Dirs(), MaxLogLine: s.cfg.MaxLogLine, DrainTimeout: s.cfg.ExecDrain}, err
 }
 
 // created makes the container usable, unless its pod was stopped meanwhile.

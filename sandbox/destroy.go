@@ -217,10 +217,9 @@ func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error 
 	if err != nil {
 		return err
 	}
-	rt := s.runtimeOf(c.Handler)
 	err = o.steps(ctx, []step{
 		{"process", func(ctx context.Context) error {
-			return s.endProcesses(ctx, rt, id, c.ShimPid, s.hier.Group(s.cfg.CgroupDriver, c.CgroupPath))
+			return s.endContainer(ctx, c)
 		}},
 		{"bundle", func(context.Context) error { return s.removeBundle(id) }},
 		{"snapshot", func(ctx context.Context) error { return s.removeSnapshots(ctx, c) }},
@@ -243,7 +242,7 @@ func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error 
 // endProcesses ends the shim and all processes of a container or init, and has
 // the runtime forget it. It works without a shim, and without a runtime if no
 // state of it is left. A shimPid of zero means that nobody knows it.
-func (s *Service) endProcesses(ctx context.Context, rt *ociRuntime, id string, shimPid int, group cgroup.Group) error {
+func (s *Service) endProcesses(ctx context.Context, rt ociRuntime, id string, shimPid int, group cgroup.Group) error {
 	group.Thaw() // else SIGKILL would be in vain, and the shim wait for its effect
 	if err := s.endShim(ctx, id, shimPid); err != nil {
 		return err

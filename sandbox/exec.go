@@ -153,10 +153,7 @@ func (s *Service) updateResources(ctx context.Context, o *op, id string, update 
 	if err != nil {
 		return fmt.Errorf("container %s: %w", id, err)
 	}
-	rt, err := s.handler(c.Handler)
-	if err != nil {
-		return err
-	}
+	rt := s.runtimeOfContainer(c)
 	res.Devices = nil // device rules are not part of an update
 	err = o.steps(ctx, []step{
 		{"update", func(ctx context.Context) error { return rt.update(ctx, id, res) }},
@@ -173,7 +170,7 @@ func (s *Service) updateResources(ctx context.Context, o *op, id string, update 
 
 // restoreResources sets the limits back to what the book says, after an update
 // that may have been carried out in part.
-func (s *Service) restoreResources(ctx context.Context, rt *ociRuntime, c *container) error {
+func (s *Service) restoreResources(ctx context.Context, rt ociRuntime, c *container) error {
 	if s.exited(c.ID) {
 		return nil
 	}

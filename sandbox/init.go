@@ -43,12 +43,8 @@ func (s *Service) ensureInit(ctx context.Context, podID string) error {
 }
 
 func (s *Service) makeInit(ctx context.Context, o *op, p *pod) error {
-	rt, err := s.handler(p.Handler)
-	if err != nil {
-		return err
-	}
-	unfinished := p.Init
-	p, err = s.book.updatePod(p.ID, func(r *podRow) error {
+	rt, unfinished := s.runtimeOfPod(p), p.Init
+	p, err := s.book.updatePod(p.ID, func(r *podRow) error {
 		if r.Stopping || r.Removing {
 			return fmt.Errorf("%w: pod %s is being stopped", ErrState, r.ID)
 		}
@@ -110,11 +106,11 @@ func (s *Service) clearInit(ctx context.Context, p *pod) error {
 }
 
 func (s *Service) initPath(p *pod) (string, cgroup.Group, error) {
-	path, err := cgroup.OCIPath(s.cfg.CgroupDriver, p.config.GetLinux().GetCgroupParent(), p.ID)
+	path, err := cgroup.OCIPath(s.driverOf(p), p.config.GetLinux().GetCgroupParent(), p.ID)
 	if err != nil {
 		return "", cgroup.Group{}, err
 	}
-	return path, s.hier.Group(s.cfg.CgroupDriver, path), nil
+	return path, s.hier.Group(s.driverOf(p), path), nil
 }
 
 func (s *Service) writeInitBundle(p *pod) error {
@@ -137,12 +133,15 @@ func (s *Service) writeInitBundle(p *pod) error {
 	return writeBundle(s.bundleDir(p.ID), sp)
 }
 
-func (s *Service) launchInit(ctx context.Context, p *pod, rt *ociRuntime) (shim.Launched, error) {
+func (s *Service) launchInit(ctx context.Context, p *pod, rt ociRuntime) (shim.Launched, error) {
 	_, group, err := s.initPath(p)
 	if err != nil {
 		return shim.Launched{}, err
 	}
-	l := s.launchOf(p.ID, s.bundleDir(p.ID), rt, group)
+	l, err := s.launchOf(ctx, p.ID, s.bundleDir(p.ID), rt, group)
+	if err != nil {
+		return shim.Launched{}, fmt.Errorf("pod init: %w", err)
+	}
 	l.PrivatePID = true
 	c, launched, err := shim.Run(ctx, s.cfg.ShimBinary, l)
 	if err != nil {
@@ -192,7 +191,7 @@ func (s *Service) endInit(ctx context.Context, p *pod) error {
 	if err != nil {
 		return err
 	}
-	return s.endProcesses(ctx, s.runtimeOf(p.Handler), p.ID, 0, group)
+	return s.endProcesses(ctx, s.runtimeOfPod(p), p.ID, 0, group)
 }
 
 // initEnded: without its init a pod's PID namespace is dead, so it is not ready.

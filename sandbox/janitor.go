@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/cni"
+	"github.com/berthd/berth/sandbox/cgroup"
 	"github.com/berthd/berth/shim"
 	"github.com/berthd/berth/snapshotter"
 )
@@ -197,8 +199,11 @@ func (s *Service) sweep(ctx context.Context) error {
 	}
 	slices.Sort(handlers)
 	for _, name := range slices.Compact(handlers) {
-		rt := s.runtimeOf(name)
+		rt := s.runtimeOf(name, rowRuntime{})
 		for _, id := range rt.ids() {
+			if !s.ownState(rt, id) {
+				continue
+			}
 			gone("runtime state", id, func(ctx context.Context) error { return rt.delete(ctx, id) })
 		}
 	}
@@ -268,10 +273,30 @@ func (s *Service) sweepNetwork(ctx context.Context, gone func(kind, id string, u
 	return errors.Join(err, gc, e)
 }
 
-// sweepCgroups removes empty groups below berth's own parent. What is not empty
-// is not touched: another berthd, with another state directory, may own it.
+// ownState tells whether a runtime's state was made by this daemon. A root outside
+// of the run directory may be shared with another one, whose IDs look the same;
+// so it has to name the bundle, as runc, crun and youki write it down.
+func (s *Service) ownState(rt ociRuntime, id string) bool {
+	if filepath.Dir(rt.root) == filepath.Join(s.cfg.RunDir, "oci") {
+		return true
+	}
+	for _, name := range names(filepath.Join(rt.root, id)) {
+		path := filepath.Join(rt.root, id, name)
+		if fi, err := os.Lstat(path); err != nil || !fi.Mode().IsRegular() {
+			continue // the runtime's fifo
+		}
+		text, err := readBounded(path, maxConfig)
+		if err == nil && bytes.Contains(text, []byte(s.bundleDir(id)+`"`)) {
+			return true
+		}
+	}
+	return false
+}
+
+// sweepCgroups removes empty groups below berth's own parent; systemd removes its
+// scopes itself. What is not empty is not touched: another berthd, with another state directory, may own it.
 func (s *Service) sweepCgroups(known func(id string) bool) {
-	for _, dir := range s.hier.Parent(s.cfg.CgroupDriver, "").Dirs() {
+	for _, dir := range s.hier.Parent(cgroup.Cgroupfs, "").Dirs() {
 		for _, id := range names(dir) {
 			if validID(id) && !known(id) {
 				unix.Rmdir(filepath.Join(dir, id)) // busy: not ours

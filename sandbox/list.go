@@ -202,7 +202,7 @@ func (s *Service) RuntimeHandlers() []*runtime.RuntimeHandler {
 		if err != nil {
 			continue
 		}
-		f, _ := r.probe(context.Background())
+		f, _ := r.verdict()
 		out = append(out, &runtime.RuntimeHandler{Name: name, Features: &runtime.RuntimeHandlerFeatures{
 			RecursiveReadOnlyMounts: s.host.RRO && f.recursiveReadOnly()}})
 	}
@@ -251,8 +251,8 @@ func infoOf(v map[string]any) (map[string]string, error) {
 func (s *Service) Info() map[string]string {
 	runtimes := map[string]any{}
 	for name, r := range s.runtimes {
-		f, err := r.probe(context.Background())
-		entry := map[string]any{"path": f.Path, "version": f.Version, "root": r.root}
+		f, err := r.verdict()
+		entry := map[string]any{"path": f.Path, "version": f.Version, "root": r.root, "cgroupDriver": r.driver}
 		if err != nil {
 			entry["error"] = err.Error()
 		}

@@ -6,133 +6,63 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
-	"github.com/opencontainers/runtime-spec/specs-go/features"
+
+	"github.com/berthd/berth/sandbox/cgroup"
 )
 
 // ociRuntime is an OCI runtime: a program with the command line of runc. Create,
-// start, kill and exec go through the shim; this is the rest.
+// start, kill and exec go through the shim; this is the rest. It is a value.
 type ociRuntime struct {
-	handler string
-	path    string // as configured
-	root    string
-	systemd bool
-
-	mu     sync.Mutex
-	probed time.Time
-	facts  runtimeFacts
-	err    error // why it cannot be used
-}
-
-// runtimeFacts is what a probe found out.
-type runtimeFacts struct {
-	Path     string // resolved
-	Version  string // first line of --version
-	Features *features.Features
+	*prober
+	root   string
+	driver string // of cgroups: cgroup.Cgroupfs or cgroup.Systemd
 }
 
 // Bounds on what an OCI runtime may take and say.
 const (
-	probeTimeout   = 5 * time.Second
-	probeAgain     = 5 * time.Second // after a failed probe
 	gentleTimeout  = 10 * time.Second
 	maxRuntimeText = 256 << 10 // bytes of output kept
 )
 
-// probe returns the facts about the runtime. A failed probe is tried again after
-// a while, so that an installed or mended runtime needs no restart.
-func (r *ociRuntime) probe(ctx context.Context) (runtimeFacts, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.probed.IsZero() || (r.err != nil && time.Since(r.probed) > probeAgain) {
-		r.facts, r.err = r.ask(ctx)
-		r.probed = time.Now()
-	}
-	return r.facts, r.err
-}
-
-func (r *ociRuntime) ask(ctx context.Context) (runtimeFacts, error) {
-	var f runtimeFacts
-	path, err := exec.LookPath(r.path)
-	if err != nil {
-		return f, fmt.Errorf("%w: handler %q: %w", ErrRuntime, r.handler, err)
-	}
-	f.Path = path
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
-	defer cancel()
-	out, err := output(ctx, nil, path, "--version")
-	if err != nil {
-		return f, fmt.Errorf("%w: handler %q: %w", ErrRuntime, r.handler, err)
-	}
-	f.Version, _, _ = strings.Cut(strings.TrimSpace(string(out)), "\n")
-	if err := checkVersion(f.Version); err != nil {
-		return f, fmt.Errorf("%w: handler %q: %s: %w", ErrRuntime, r.handler, path, err)
-	}
-	// The verb came with runc 1.1; other runtimes may lack it.
-	if out, err = output(ctx, nil, path, "features"); err == nil {
-		f.Features = new(features.Features)
-		if json.Unmarshal(out, f.Features) != nil {
-			f.Features = nil
-		}
-	}
-	return f, nil
-}
-
-var runcVersion = regexp.MustCompile(`^runc version v?(\d+)\.(\d+)`)
-
-// checkVersion refuses a runc that is older than 1.1. What other runtimes call
-// themselves is not judged.
-func checkVersion(line string) error {
-	m := runcVersion.FindStringSubmatch(line)
-	if m == nil {
-		return nil
-	}
-	major, _ := strconv.Atoi(m[1])
-	minor, _ := strconv.Atoi(m[2])
-	if major < 1 || (major == 1 && minor < 1) {
-		return fmt.Errorf("%q is too old: 1.1 or newer is needed", line)
-	}
-	return nil
-}
-
-// recursiveReadOnly tells whether the runtime knows the mount option "rro".
-func (f runtimeFacts) recursiveReadOnly() bool {
-	return f.Features != nil && slices.Contains(f.Features.MountOptions, "rro")
-}
-
 // bin is the program, found in PATH at the first use.
-func (r *ociRuntime) bin(ctx context.Context) (string, error) {
-	f, err := r.probe(ctx)
+func (r ociRuntime) bin(ctx context.Context) (string, error) {
+	f, err := r.now(ctx)
 	return f.Path, err
 }
 
-// has tells whether the runtime has state of a container of that ID.
-func (r *ociRuntime) has(id string) bool {
-	_, err := os.Lstat(filepath.Join(r.root, id))
-	return err == nil
+// has tells whether the runtime has state of a container of that ID: a directory
+// of that name (runc, crun, youki), or files that begin with it (runsc).
+func (r ociRuntime) has(id string) bool {
+	if _, err := os.Lstat(filepath.Join(r.root, id)); err == nil {
+		return true
+	}
+	return slices.Contains(r.ids(), id)
 }
 
 // ids lists the containers that the runtime has state of.
-func (r *ociRuntime) ids() []string {
+func (r ociRuntime) ids() []string {
 	entries, err := os.ReadDir(r.root)
 	if err != nil {
 		return nil
 	}
 	var ids []string
 	for _, e := range entries {
-		if validID(e.Name()) {
-			ids = append(ids, e.Name())
+		name := e.Name()
+		if len(name) > 64 && (name[64] == '_' || name[64] == '.') {
+			name = name[:64]
+		}
+		if validID(name) && !slices.Contains(ids, name) {
+			ids = append(ids, name)
 		}
 	}
 	return ids
@@ -140,7 +70,7 @@ func (r *ociRuntime) ids() []string {
 
 // delete kills what runs of the container and removes its cgroup and state. A
 // container that does not exist is no error.
-func (r *ociRuntime) delete(ctx context.Context, id string) error {
+func (r ociRuntime) delete(ctx context.Context, id string) error {
 	if !r.has(id) {
 		return nil
 	}
@@ -162,7 +92,7 @@ func (r *ociRuntime) delete(ctx context.Context, id string) error {
 }
 
 // update sets resources of a live container, all or none.
-func (r *ociRuntime) update(ctx context.Context, id string, res *specs.LinuxResources) error {
+func (r ociRuntime) update(ctx context.Context, id string, res *specs.LinuxResources) error {
 	bin, err := r.bin(ctx)
 	if err != nil {
 		return err
@@ -177,13 +107,13 @@ func (r *ociRuntime) update(ctx context.Context, id string, res *specs.LinuxReso
 	return nil
 }
 
-func (r *ociRuntime) args(verb ...string) []string {
+func (r ociRuntime) args(verb ...string) []string {
 	return append(append([]string{"--root", r.root}, r.global()...), verb...)
 }
 
 // global are the options before the verb, besides --root.
-func (r *ociRuntime) global() []string {
-	if r.systemd {
+func (r ociRuntime) global() []string {
+	if r.driver == cgroup.Systemd {
 		return []string{"--systemd-cgroup"}
 	}
 	return nil
@@ -256,41 +186,122 @@ func (b *limitedBuffer) Write(p []byte) (int, error) {
 }
 
 // handler returns the runtime for a name that the kubelet gave.
-func (s *Service) handler(name string) (*ociRuntime, error) {
+func (s *Service) handler(name string) (ociRuntime, error) {
 	if name == "" {
 		name = s.cfg.DefaultRuntime
 	}
 	r, ok := s.runtimes[name]
 	if !ok {
-		return nil, fmt.Errorf("%w: runtime_handler %q: not in the configuration", ErrUnknownHandler, name)
+		return r, fmt.Errorf("%w: runtime_handler %q: not in the configuration, which has %s",
+			ErrUnknownHandler, clip(name), strings.Join(slices.Sorted(maps.Keys(s.runtimes)), ", "))
 	}
 	return r, nil
 }
 
+// rowRuntime is what a row keeps about the OCI runtime that its object was made
+// with: what the configuration says may have changed by the time that it is
+// updated or removed. Rows of early versions have none.
+type rowRuntime struct {
+	Name   string // the handler, also if it was the default one
+	Path   string // the program as configured
+	Root   string
+	Driver string // of cgroups
+}
+
+func (r ociRuntime) row() rowRuntime {
+	return rowRuntime{Name: r.handler, Path: r.path, Root: r.root, Driver: r.driver}
+}
+
 // runtimeOf is the runtime that an object was made with. One that has gone from
-// the configuration since is a program that cannot be run, so that the object can
-// still be undone, by its cgroup and by hand.
-func (s *Service) runtimeOf(name string) *ociRuntime {
-	if r, err := s.handler(name); err == nil {
-		return r
+// the configuration since is run from where it was; if it is not there any more,
+// the object can still be undone, by its cgroup and by hand.
+func (s *Service) runtimeOf(handler string, o rowRuntime) ociRuntime {
+	name := o.Name
+	if name == "" {
+		name = handler
 	}
-	return &ociRuntime{handler: name, path: "/nonexistent/" + name, root: filepath.Join(s.cfg.RunDir, "oci", name)}
+	r, err := s.handler(name)
+	if err != nil {
+		path := o.Path
+		if path == "" {
+			path = "/nonexistent/" + name
+		}
+		r = ociRuntime{prober: newProber(s.ctx, name, path), root: filepath.Join(s.cfg.RunDir, "oci", name)}
+	}
+	if o.Root != "" {
+		r.root = o.Root
+	}
+	r.driver = o.Driver
+	return r
+}
+
+// The runtime and the cgroup of a container, and of the pod's init.
+
+func (s *Service) runtimeOfContainer(c *container) ociRuntime {
+	r := s.runtimeOf(c.Handler, c.OCI)
+	r.driver = c.driver()
+	return r
+}
+
+func (s *Service) runtimeOfPod(p *pod) ociRuntime {
+	r := s.runtimeOf(p.Handler, p.OCI)
+	r.driver = s.driverOf(p)
+	return r
+}
+
+func (s *Service) groupOf(c *container) cgroup.Group { return s.hier.Group(c.driver(), c.CgroupPath) }
+
+// driver is the cgroup driver that the container was made with.
+func (c *container) driver() string {
+	switch {
+	case c.OCI.Driver != "":
+		return c.OCI.Driver
+	case strings.Contains(c.CgroupPath, ":"): // which a plain path never has
+		return cgroup.Systemd
+	}
+	return cgroup.Cgroupfs
+}
+
+// driverOf is the cgroup driver that the pod was made with.
+func (s *Service) driverOf(p *pod) string {
+	if p.OCI.Driver != "" {
+		return p.OCI.Driver
+	}
+	return s.cfg.CgroupDriver
+}
+
+// clip bounds what an error repeats of its input.
+func clip(s string) string {
+	const most = 128
+	if len(s) > most {
+		return s[:most] + "…"
+	}
+	return s
 }
 
 // RuntimeReady tells why no container can be run with the default runtime; nil
-// if they can.
+// if they can. It answers at once, from what the last probe has found.
 func (s *Service) RuntimeReady() error {
-	ctx, cancel := context.WithTimeout(context.Background(), probeTimeout)
-	defer cancel()
 	r, err := s.handler("")
 	if err != nil {
 		return err
 	}
-	if _, err = r.probe(ctx); err != nil {
+	if _, err = r.verdict(); err != nil {
 		return err
 	}
 	if _, err := os.Stat(s.cfg.ShimBinary); err != nil {
 		return errors.Join(ErrRuntime, fmt.Errorf("shim: %w", err))
 	}
 	return nil
+}
+
+// firstVerdicts waits for the first probe of every runtime, though not for one
+// that hangs: the kubelet, which asks at once, would reject pods for features
+// that nobody knows of yet.
+func (s *Service) firstVerdicts(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, firstProbe)
+	defer cancel()
+	for _, r := range s.runtimes {
+		_, _ = r.now(ctx) // what is wrong with it is for Status to say
+	}
 }

@@ -57,7 +57,8 @@ func (s *Service) planPod(cfg *runtime.PodSandboxConfig, handler string) (podPla
 	if m.GetName() == "" || m.GetNamespace() == "" || m.GetUid() == "" {
 		return plan, fmt.Errorf("%w: metadata: name %q, namespace %q and uid %q must not be empty", ErrInvalid, m.GetName(), m.GetNamespace(), m.GetUid())
 	}
-	if _, err := s.handler(handler); err != nil {
+	rt, err := s.handler(handler)
+	if err != nil {
 		return plan, err
 	}
 	ns := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
@@ -66,7 +67,6 @@ func (s *Service) planPod(cfg *runtime.PodSandboxConfig, handler string) (podPla
 	if u := ns.GetUsernsOptions(); u != nil && u.GetMode() != runtime.NamespaceMode_NODE {
 		return plan, fmt.Errorf("%w: linux.security_context.namespace_options.userns_options.mode: %v: only NODE is supported by handler %q", ErrInvalid, u.GetMode(), handler)
 	}
-	var err error
 	if plan.hostname, err = hostnameOf(cfg, hostNet); err != nil {
 		return plan, err
 	}
@@ -76,7 +76,7 @@ func (s *Service) planPod(cfg *runtime.PodSandboxConfig, handler string) (podPla
 	if _, err := resolvConf(cfg.GetDnsConfig()); err != nil {
 		return plan, err
 	}
-	if _, err := cgroup.OCIPath(s.cfg.CgroupDriver, cfg.GetLinux().GetCgroupParent(), "x"); err != nil {
+	if _, err := cgroup.OCIPath(rt.driver, cfg.GetLinux().GetCgroupParent(), "x"); err != nil {
 		return plan, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
 	raw, err := proto.Marshal(cfg)
@@ -93,7 +93,7 @@ func (s *Service) planPod(cfg *runtime.PodSandboxConfig, handler string) (podPla
 		plan.kinds = append(plan.kinds, netns.IPC)
 	}
 	plan.config = cfg
-	plan.row = podRow{ID: newID(), State: StateCreating, Handler: handler, Config: raw,
+	plan.row = podRow{ID: newID(), State: StateCreating, Handler: handler, OCI: rt.row(), Config: raw,
 		BootID: s.cfg.BootID, HostNetwork: hostNet}
 	return plan, nil
 }
@@ -134,7 +134,7 @@ func (s *Service) runPod(ctx context.Context, o *op, plan podPlan) (string, erro
 		return "", err
 	}
 	row.Created = s.book.now()
-	parent := s.hier.Parent(s.cfg.CgroupDriver, plan.config.GetLinux().GetCgroupParent())
+	parent := s.hier.Parent(row.OCI.Driver, plan.config.GetLinux().GetCgroupParent())
 	row.Cgroups = missing(parent.Dirs())
 	p, err := s.book.insertPod(row)
 	if err != nil {

@@ -205,7 +205,7 @@ func (s *Service) processes(key string, g cgroup.Group) uint64 {
 
 // podGroup is the cgroup that the kubelet has named for the pod.
 func (s *Service) podGroup(p *pod) cgroup.Group {
-	return s.hier.Parent(s.cfg.CgroupDriver, p.config.GetLinux().GetCgroupParent())
+	return s.hier.Parent(s.driverOf(p), p.config.GetLinux().GetCgroupParent())
 }
 
 // ownGroups returns a function that tells whether the cgroup that a pod's

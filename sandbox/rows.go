@@ -36,6 +36,7 @@ type podRow struct {
 	State   State
 	Created int64  // ns since 1970, increasing from pod to pod even if the clock is not
 	Handler string // runtime handler as asked for, "" for the default
+	OCI     rowRuntime
 	Config  []byte // PodSandboxConfig, verbatim
 	BootID  string // of the boot that its effects belong to
 
@@ -63,6 +64,7 @@ type containerRow struct {
 	Config  []byte // ContainerConfig, verbatim
 	BootID  string
 	Handler string
+	OCI     rowRuntime
 
 	ImageID     string // "sha256:…"
 	ImageRef    string // by which the kubelet asked for it

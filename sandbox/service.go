@@ -24,7 +24,7 @@ type Service struct {
 	book     *book
 	ops      *ops
 	live     *live
-	runtimes map[string]*ociRuntime
+	runtimes map[string]ociRuntime
 	hier     cgroup.Hierarchy
 	host     spec.Host
 	oomFloor int
@@ -61,15 +61,17 @@ func New(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 		return nil, fmt.Errorf("sandbox: %w", err)
 	}
 	s := &Service{cfg: cfg, deps: deps, book: newBook(deps.Store), ops: newOps(), live: newLive(),
-		runtimes: map[string]*ociRuntime{}, stats: newStatsCache(), forwards: newForwards(), appArmor: newAppArmor(), wake: make(chan struct{}, 1)}
+		runtimes: map[string]ociRuntime{}, stats: newStatsCache(), forwards: newForwards(), appArmor: newAppArmor(), wake: make(chan struct{}, 1)}
+	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	if err := s.prepare(); err != nil {
+		s.cancel()
 		return nil, fmt.Errorf("sandbox: %w", err)
 	}
-	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	if err := s.recover(ctx); err != nil {
 		s.cancel()
 		return nil, fmt.Errorf("sandbox: recovery: %w", err)
 	}
+	s.firstVerdicts(ctx)
 	s.bg.Go(func() { s.janitor(s.ctx) })
 	return s, nil
 }
@@ -95,7 +97,8 @@ func (s *Service) prepare() error {
 		if err := os.MkdirAll(root, 0o700); err != nil {
 			return err
 		}
-		s.runtimes[name] = &ociRuntime{handler: name, path: r.Path, root: root, systemd: s.cfg.CgroupDriver == cgroup.Systemd}
+		s.runtimes[name] = ociRuntime{prober: newProber(s.ctx, name, r.Path), root: root, driver: s.cfg.CgroupDriver}
+		s.runtimes[name].refresh()
 	}
 	var err error
 	if s.hier, err = cgroup.Detect(); err != nil {

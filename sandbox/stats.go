@@ -208,10 +208,6 @@ func (s *Service) forgetGone(id string) {
 	}
 }
 
-func (s *Service) groupOf(c *container) cgroup.Group {
-	return s.hier.Group(s.cfg.CgroupDriver, c.CgroupPath)
-}
-
 func fillStats(out *runtime.ContainerStats, st cgroup.Stats, e *statsEntry) {
 	at := st.At.UnixNano()
 	out.Cpu = cpuUsage(st)

@@ -162,7 +162,7 @@ func (s *Service) kill(ctx context.Context, id string) error {
 	if c == nil || c.State == StateExited {
 		return nil
 	}
-	group := s.hier.Group(s.cfg.CgroupDriver, c.CgroupPath)
+	group := s.groupOf(c)
 	if err := killGroup(ctx, group); err != nil {
 		return fmt.Errorf("%w: %w: %s", ErrStuck, err, describe(group))
 	}
@@ -455,7 +455,8 @@ const (
 	settlePoll  = 100 * time.Millisecond
 )
 
-// endContainer ends what is left of a container whose shim does not answer.
+// endContainer ends the shim of a container and what is left of its processes,
+// and has the runtime forget it.
 func (s *Service) endContainer(ctx context.Context, c *container) error {
-	return s.endProcesses(ctx, s.runtimeOf(c.Handler), c.ID, c.ShimPid, s.hier.Group(s.cfg.CgroupDriver, c.CgroupPath))
+	return s.endProcesses(ctx, s.runtimeOfContainer(c), c.ID, c.ShimPid, s.groupOf(c))
 }

@@ -82,7 +82,7 @@ func (c *config) fields() []*field {
 			"The kernel's inclination to kill berthd when memory runs out. Containers and shims have their own."),
 
 		choice(&c.CgroupDriver, "cgroup_driver", []string{"auto", "systemd", "cgroupfs"},
-			"Who makes cgroups; has to be what the kubelet uses, which asks for it. \"auto\" is systemd where that is the init system. Do not change it while pods exist."),
+			"Who makes cgroups; has to be what the kubelet uses, which asks for it. \"auto\" is systemd where that is the init system. Pods that exist keep the one that they were made with."),
 		text(&c.DefaultRuntime, "default_runtime", "runc", checkHandler,
 			"The handler of pods that name none."),
 		program(&c.ShimPath, "shim_path",
