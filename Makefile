@@ -25,13 +25,13 @@ UNIT      = $(shell $(GO) list ./... 2>/dev/null | grep -v '/test/')
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 14
 
-build: ## build berthd, berth-shim and berth-init into ./bin
+build: ## build berthd, berth, berth-shim and berth-init into ./bin
 	@mkdir -p $(BIN)
 	$(GO) build -trimpath -ldflags '-s -w -X main.release=$(RELEASE)' -o $(BIN)/ ./cmd/...
 
 install: build ## install below PREFIX (/usr/local), with the systemd unit
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/libexec/berth $(DESTDIR)/etc/berth $(DESTDIR)/etc/systemd/system
-	install -m 0755 $(BIN)/berthd $(DESTDIR)$(PREFIX)/bin/berthd
+	install -m 0755 $(BIN)/berthd $(BIN)/berth $(DESTDIR)$(PREFIX)/bin/
 	install -m 0755 $(BIN)/berth-shim $(BIN)/berth-init $(DESTDIR)$(PREFIX)/libexec/berth/
 	install -m 0644 packaging/berthd.service $(DESTDIR)/etc/systemd/system/berthd.service
 

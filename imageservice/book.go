@@ -29,6 +29,8 @@ type imageRow struct {
 	// Dropped: removed while a container used it. Invisible; its layers stay until
 	// the container is gone.
 	Dropped bool `json:",omitempty"`
+	// Pinned by Service.Pin. Image.Pinned may be set by a pattern as well.
+	Pinned bool `json:",omitempty"`
 }
 
 // layerRow is what is needed to find, verify or fetch a layer again.
@@ -74,7 +76,7 @@ func newView(rows map[string]*imageRow, pinned []string) *view {
 		}
 		img := Image{
 			ID: id, RepoTags: r.Tags, RepoDigests: r.Digests, Size: r.Size, ChainID: r.chainID(), Config: r.Config,
-			Pinned: isPinned(r, pinned), Created: r.Created, Pulled: r.Pulled,
+			Pinned: r.Pinned || isPinned(r, pinned), Created: r.Created, Pulled: r.Pulled,
 			OS: r.OS, Architecture: r.Architecture, Variant: r.Variant,
 		}
 		v.images[id] = img

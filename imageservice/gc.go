@@ -43,7 +43,7 @@ func (s *Service) dropImage(ref string, used map[string]bool) (string, error) {
 			return nil
 		}
 		r := *old
-		r.Dropped, r.Tags, r.Digests = true, nil, nil
+		r.Dropped, r.Pinned, r.Tags, r.Digests = true, false, nil, nil
 		return &r
 	}, nil)
 }

@@ -281,7 +281,7 @@ func (s *Service) makeVisible(ctx context.Context, plan *plan) (Image, error) {
 		r := plan.row()
 		r.Size, r.Pulled = size, time.Now()
 		if old != nil {
-			r.Tags, r.Digests = old.Tags, old.Digests
+			r.Tags, r.Digests, r.Pinned = old.Tags, old.Digests, old.Pinned
 			if !old.Dropped {
 				r.Pulled = old.Pulled
 			}

@@ -30,6 +30,22 @@ func printDefault(w io.Writer) error {
 	return out.Flush()
 }
 
+// printInForce writes the keys that differ from the default as a configuration file.
+func (c *config) printInForce(w io.Writer) {
+	show := func(fields, usual []*field) {
+		for i, f := range fields {
+			if f.literal() != usual[i].literal() {
+				fmt.Fprintf(w, "%s = %s\n", f.key, f.literal())
+			}
+		}
+	}
+	show(c.fields(), defaults().fields())
+	for _, h := range slices.Sorted(maps.Keys(c.Runtimes)) {
+		fmt.Fprintf(w, "\n[runtimes.%s]\n", h)
+		show(c.Runtimes[h].fields(h), newRuntime(h).fields(h))
+	}
+}
+
 func printField(w io.Writer, f *field) {
 	fmt.Fprintln(w)
 	for _, line := range wrap(f.doc+f.notes(), 76) {

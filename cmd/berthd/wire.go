@@ -75,6 +75,11 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	stopAdmin, err := d.serveAdmin(ctx, images)
+	if err != nil {
+		return err
+	}
+	defer stopAdmin()
 	d.onReload("log", d.setLogLevel)
 	d.onReload("network", func(*config) error { network.Reload(); return nil })
 	d.onReload("images", func(c *config) error { return errors.Join(images.SetPinned(c.PinnedImages), images.Reload()) })

@@ -17,11 +17,14 @@ const module = "github.com/berthd/berth/"
 // allowed is the table of docs/architecture.md: what each package may import of
 // berth. A package that is not in it fails the test.
 var allowed = map[string][]string{
-	"cmd/berthd": {"cri", "sandbox", "sandbox/spec", "sandbox/cgroup", "imageservice", "imageservice/layer", "snapshotter", "snapshotter/overlay",
+	"cmd/berthd": {"cri", "cri/admin", "sandbox", "sandbox/spec", "sandbox/cgroup", "imageservice", "imageservice/layer", "snapshotter", "snapshotter/overlay",
 		"store", "cni", "cni/netns", "shim"},
+	"cmd/berth":                {"cri/admin/api"},
 	"cmd/berth-shim":           {"shim/shimd"},
 	"cmd/berth-init":           {},
 	"cri":                      {"sandbox", "sandbox/spec", "imageservice"},
+	"cri/admin":                {"cri/admin/api", "imageservice"},
+	"cri/admin/api":            {},
 	"sandbox":                  {"imageservice", "cni", "cni/netns", "shim", "sandbox/spec", "sandbox/cgroup", "snapshotter", "store"},
 	"sandbox/spec":             {},
 	"sandbox/cgroup":           {},
@@ -49,7 +52,7 @@ var fences = map[string][]string{
 	"k8s.io/cri-streaming":               {"cri"},
 	"k8s.io/streaming":                   {"cri"},
 	"github.com/prometheus":              {"cri", "cmd/berthd"},
-	"github.com/BurntSushi/toml":         {"cmd/berthd"},
+	"github.com/BurntSushi/toml":         {"cmd/berthd", "cmd/berth"},
 	"github.com/opencontainers/selinux":  {"sandbox"},
 	"tags.cncf.io":                       {"sandbox"},
 }
@@ -60,7 +63,7 @@ var closed = []string{"shim/shimd", "shim/wire", "shim/crilog", "cmd/berth-shim"
 
 // The most packages that a binary may consist of, the standard library included.
 // Raise a number only for a dependency that has earned its place.
-var counts = map[string]int{"cmd/berthd": 640, "cmd/berth-shim": 64, "cmd/berth-init": 60}
+var counts = map[string]int{"cmd/berthd": 640, "cmd/berth": 200, "cmd/berth-shim": 64, "cmd/berth-init": 60}
 
 type goPackage struct {
 	ImportPath string

@@ -26,14 +26,14 @@ func Root() (string, error) {
 	return filepath.Dir(mod), nil
 }
 
-// Build compiles berthd, berth-shim and berth-init from the source tree root
+// Build compiles berthd, berth, berth-shim and berth-init from the source tree root
 // into dir, as the Makefile does, and returns the directory that holds them:
 // dir, or the one that BinEnv names.
 func Build(ctx context.Context, root, dir string) (string, error) {
 	if bin := os.Getenv(BinEnv); bin != "" {
 		return bin, nil
 	}
-	for _, name := range []string{"berthd", "berth-shim", "berth-init"} {
+	for _, name := range []string{"berthd", "berth", "berth-shim", "berth-init"} {
 		cmd := exec.CommandContext(ctx, "go", "build", "-tags", "containers_image_openpgp", "-trimpath", "-buildvcs=false",
 			"-ldflags=-s -w", "-o", filepath.Join(dir, name), "./cmd/"+name)
 		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")

@@ -1,0 +1,163 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/berthd/berth/cri/admin/api"
+)
+
+func imageList(a *app, fs *flag.FlagSet) func(context.Context, []string) error {
+	fs.BoolVar(&a.quiet, "quiet", false, "print IDs only")
+	return func(ctx context.Context, args []string) error {
+		c, err := a.client()
+		if err != nil {
+			return err
+		}
+		query := url.Values{}
+		if len(args) > 0 {
+			query.Set("ref", args[0])
+		}
+		var images []api.Image
+		if err := c.ask(ctx, http.MethodGet, api.PathImages, query, nil, &images); err != nil {
+			return err
+		}
+		switch {
+		case a.json:
+			return a.printJSON(images)
+		case a.quiet:
+			for _, i := range images {
+				fmt.Fprintln(a.out, i.ID)
+			}
+			return nil
+		}
+		return a.printImages(images)
+	}
+}
+
+func (a *app) printImages(images []api.Image) error {
+	t := a.table("NAME", "ID", "SIZE", "PULLED", "PINNED")
+	for _, i := range images {
+		names := i.Tags
+		if len(names) == 0 {
+			names = i.Digests
+		}
+		if len(names) == 0 {
+			names = []string{"<none>"}
+		}
+		for _, n := range names {
+			t.row(n, shortID(i.ID), showBytes(int64(i.Size)), showAge(time.Since(i.Pulled)), yes(i.Pinned))
+		}
+	}
+	return t.flush()
+}
+
+func imagePull(a *app, fs *flag.FlagSet) func(context.Context, []string) error {
+	q := &api.PullRequest{}
+	fs.BoolVar(&q.Pin, "pin", false, "pin the image")
+	fs.StringVar(&q.Username, "user", "", "user `name` for the registry; otherwise the node's own credentials are used")
+	stdin := fs.Bool("password-stdin", false, "read the user's password from standard input")
+	return func(ctx context.Context, args []string) error {
+		if *stdin != (q.Username != "") {
+			return fmt.Errorf("--user and --password-stdin belong together: %w", errUsage)
+		}
+		if *stdin {
+			b, err := io.ReadAll(io.LimitReader(a.in, 64<<10))
+			if err != nil {
+				return fmt.Errorf("password: %w", err)
+			}
+			q.Password = strings.TrimRight(string(b), "\r\n")
+		}
+		q.Ref = args[0]
+		c, err := a.client()
+		if err != nil {
+			return err
+		}
+		p := a.progress()
+		defer p.end()
+		return c.workOn(ctx, api.PathPull, q, p.show)
+	}
+}
+
+func imagePulls(a *app, _ *flag.FlagSet) func(context.Context, []string) error {
+	return func(ctx context.Context, _ []string) error {
+		c, err := a.client()
+		if err != nil {
+			return err
+		}
+		var pulls []api.Pull
+		if err := c.ask(ctx, http.MethodGet, api.PathPulls, nil, nil, &pulls); err != nil {
+			return err
+		}
+		if a.json {
+			return a.printJSON(pulls)
+		}
+		t := a.table("IMAGE", "STAGE", "FOR", "IN ALL")
+		for _, p := range pulls {
+			t.row(p.Ref, p.Stage, showAge(p.Age-p.StageAt.Sub(p.Began)), showAge(p.Age))
+		}
+		return t.flush()
+	}
+}
+
+// each asks something about every image that is named and shows what failed.
+func (a *app) each(refs []string, ask func(ref string) (*api.Image, error), done string) error {
+	var images []*api.Image
+	var errs []error
+	for _, ref := range refs {
+		img, err := ask(ref)
+		if err != nil {
+			fmt.Fprintf(a.err, "%s: %v\n", ref, err)
+			errs = append(errs, err)
+			continue
+		}
+		images = append(images, img)
+		if !a.json {
+			fmt.Fprintf(a.out, "%s %s\n", done, img.ID)
+		}
+	}
+	if a.json {
+		errs = append(errs, a.printJSON(images))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("%w: %w", errReported, err)
+	}
+	return nil
+}
+
+func imageRemove(a *app, fs *flag.FlagSet) func(context.Context, []string) error {
+	force := fs.Bool("force", false, "also when an image is pinned")
+	return func(ctx context.Context, args []string) error {
+		c, err := a.client()
+		if err != nil {
+			return err
+		}
+		return a.each(args, func(ref string) (*api.Image, error) {
+			img := new(api.Image)
+			return img, c.ask(ctx, http.MethodPost, api.PathRemove, nil, api.RemoveRequest{Ref: ref, Force: *force}, img)
+		}, "removed")
+	}
+}
+
+func imagePin(pinned bool) func(*app, *flag.FlagSet) func(context.Context, []string) error {
+	done := map[bool]string{true: "pinned", false: "unpinned"}[pinned]
+	return func(a *app, _ *flag.FlagSet) func(context.Context, []string) error {
+		return func(ctx context.Context, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			return a.each(args, func(ref string) (*api.Image, error) {
+				img := new(api.Image)
+				return img, c.ask(ctx, http.MethodPost, api.PathPin, nil, api.PinRequest{Ref: ref, Pinned: pinned}, img)
+			}, done)
+		}
+	}
+}

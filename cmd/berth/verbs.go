@@ -1,0 +1,107 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// verb is one command.
+type verb struct {
+	name        string // one word or two
+	args        string // operands, for the usage
+	least, most int    // how many; most -1 is any number
+	short       string // one line
+	long        string // more of it
+	examples    []string
+	// setup adds the verb's own flags and returns what it does.
+	setup func(*app, *flag.FlagSet) func(context.Context, []string) error
+}
+
+// verbs are all of them, in the order of the overview.
+var verbs []*verb
+
+func init() {
+	verbs = []*verb{
+		{name: "image ls", args: "[IMAGE]", most: 1, short: "list images", setup: imageList,
+			examples: []string{"berth image ls", "berth image ls --json | jq -r '.[] | select(.pinned) | .id'"}},
+		{name: "image pull", args: "IMAGE", least: 1, most: 1, short: "pull an image from a registry", setup: imagePull,
+			long: "Joins a pull of the same image that is under way. The pull goes on for a while if this command is ended.",
+			examples: []string{"berth image pull registry.example/app:1.2", "berth image pull --pin registry.example/base:1",
+				"berth image pull --user bob --password-stdin registry.example/app < secret"}},
+		{name: "image pulls", short: "show the pulls and imports under way", setup: imagePulls,
+			examples: []string{"watch -n1 berth image pulls"}},
+		{name: "image rm", args: "IMAGE...", least: 1, most: -1, short: "remove images with all their names", setup: imageRemove,
+			long:     "The layers of an image that containers use stay until those are gone.",
+			examples: []string{"berth image rm registry.example/app:1.1", "berth image rm --force sha256:0a1b2c3d4e5f"}},
+		{name: "image pin", args: "IMAGE...", least: 1, most: -1, short: "keep images from being removed by the kubelet", setup: imagePin(true),
+			long:     "A pin belongs to the image, not to its name, and survives restarts. To pin by name, use pinned_images in the configuration.",
+			examples: []string{"berth image pin registry.example/base:1"}},
+		{name: "image unpin", args: "IMAGE...", least: 1, most: -1, short: "take pins away", setup: imagePin(false),
+			examples: []string{"berth image unpin registry.example/base:1"}},
+		{name: "config default", short: "print a configuration file with every key and its default", setup: configDefault,
+			examples: []string{"berth config default > /etc/berth/berth.toml"}},
+		{name: "config validate", args: "[FILE]", most: 1, short: "check a configuration file and its drop-ins", setup: configValidate,
+			examples: []string{"berth config validate", "berth config validate ./berth.toml"}},
+		{name: "config print", short: "print the configuration in force", setup: configPrint,
+			long:     "As a file with the keys that differ from the defaults; with --json all keys.",
+			examples: []string{"berth config print", "berth config print --json | jq .state_dir"}},
+		{name: "version", short: "print the versions of berth and berthd", setup: versionVerb,
+			examples: []string{"berth version --json"}},
+		{name: "completion", args: "bash", least: 1, most: 1, short: "print a completion script for a shell", setup: completion,
+			examples: []string{"berth completion bash > /etc/bash_completion.d/berth"}},
+	}
+}
+
+func (v *verb) usage() string {
+	return strings.TrimRight(v.name+" [flags] "+v.args, " ")
+}
+
+// help explains a verb.
+func (v *verb) help(w io.Writer, fs *flag.FlagSet) {
+	fmt.Fprintf(w, "berth %s: %s\n\nUsage: berth %s\n", v.name, v.short, v.usage())
+	if v.long != "" {
+		fmt.Fprintf(w, "\n%s\n", strings.Join(wrap(v.long, 78), "\n"))
+	}
+	fmt.Fprint(w, "\nFlags:\n")
+	fs.VisitAll(func(f *flag.Flag) {
+		name, usage := flag.UnquoteUsage(f)
+		fmt.Fprintf(w, "  %-24s %s\n", strings.TrimSpace("--"+f.Name+" "+name), usage)
+	})
+	fmt.Fprint(w, "\nExamples:\n")
+	for _, e := range v.examples {
+		fmt.Fprintf(w, "  %s\n", e)
+	}
+}
+
+// overview lists the verbs, or those of one group.
+func overview(w io.Writer, group string) {
+	fmt.Fprint(w, "berth: administer the container runtime berthd of this node\n\nUsage: berth COMMAND [flags] [arguments]\n\n")
+	for _, v := range verbs {
+		if group == "" || strings.HasPrefix(v.name, group+" ") {
+			fmt.Fprintf(w, "  %-18s %s\n", v.name, v.short)
+		}
+	}
+	fmt.Fprint(w, "\nberth COMMAND --help tells more, with examples. Every command knows --json.\n"+
+		"Exit codes: 0 done, 1 failed, 2 wrong command line, 3 berthd not reachable, 4 image not found, 5 damage found.\n")
+}
+
+// wrap breaks text at spaces into lines of at most width bytes.
+func wrap(text string, width int) []string {
+	var lines []string
+	line := ""
+	for _, word := range strings.Fields(text) {
+		switch {
+		case line == "":
+			line = word
+		case len(line)+1+len(word) <= width:
+			line += " " + word
+		default:
+			lines = append(lines, line)
+			line = word
+		}
+	}
+	return append(lines, line)
+}

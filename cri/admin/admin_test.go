@@ -1,0 +1,299 @@
+package admin
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/berthd/berth/cri/admin/api"
+	"github.com/berthd/berth/imageservice"
+)
+
+// shelf is a node's images in memory.
+type shelf struct {
+	mu     sync.Mutex
+	images map[string]imageservice.Image
+	pull   func(context.Context, string) (imageservice.Image, error)
+}
+
+func (s *shelf) Get(ref string) (imageservice.Image, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	img, ok := s.images[ref]
+	if !ok {
+		return img, fmt.Errorf("%w: %q", imageservice.ErrNotFound, ref)
+	}
+	return img, nil
+}
+
+func (s *shelf) List() (out []imageservice.Image) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, img := range s.images {
+		out = append(out, img)
+	}
+	return out
+}
+
+func (s *shelf) Remove(_ context.Context, ref string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.images, ref)
+	return nil
+}
+
+func (s *shelf) Pin(ref string, pinned bool) (imageservice.Image, error) {
+	img, err := s.Get(ref)
+	if err == nil {
+		img.Pinned = pinned || ref == "always"
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.images[ref] = img
+	}
+	return img, err
+}
+
+func (s *shelf) Pull(ctx context.Context, ref string, _ *imageservice.Auth) (imageservice.Image, error) {
+	return s.pull(ctx, ref)
+}
+
+func (s *shelf) Pulls() []imageservice.PullStatus {
+	return []imageservice.PullStatus{{Reference: "slow", Stage: "layers 1/2", Began: time.Now()}}
+}
+
+// serve starts a server on a socket and returns a client of it.
+func serve(t *testing.T, s *shelf) (*http.Client, string) {
+	t.Helper()
+	srv, err := New(Deps{Images: s, Puller: s, Version: "1.2.3",
+		Config: func() (map[string]any, string) { return map[string]any{"k": 1}, "k = 1\n" }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "admin.sock")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- srv.Serve(ctx, l) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("serve: %v", err)
+		}
+	})
+	c := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}}}
+	t.Cleanup(c.CloseIdleConnections)
+	return c, path
+}
+
+func call(t *testing.T, c *http.Client, method, path, body string) (int, string) {
+	t.Helper()
+	req, err := http.NewRequest(method, "http://x"+path, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := c.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(b)
+}
+
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: the socket turns everybody else away")
+	}
+}
+
+func TestAnswers(t *testing.T) {
+	needRoot(t)
+	s := &shelf{images: map[string]imageservice.Image{
+		"a": {ID: "sha256:a"}, "pinned": {ID: "sha256:p", Pinned: true}, "always": {ID: "sha256:w", Pinned: true}}}
+	c, _ := serve(t, s)
+	for _, q := range []struct {
+		method, path, body string
+		status             int
+		want               string
+	}{
+		{"GET", api.PathVersion, "", 200, `"version":"1.2.3"`},
+		{"GET", api.PathConfig, "", 200, `"toml":"k = 1\n"`},
+		{"GET", api.PathImages + "?ref=a", "", 200, `"id":"sha256:a"`},
+		{"GET", api.PathImages + "?ref=b", "", 404, `"code":"not-found"`},
+		{"GET", api.PathPulls, "", 200, `"stage":"layers 1/2"`},
+		{"POST", api.PathPin, `{"ref":"a","pinned":true}`, 200, `"pinned":true`},
+		{"POST", api.PathPin, `{"ref":"b","pinned":true}`, 404, `"code":"not-found"`},
+		{"POST", api.PathPin, `{"ref":"always","pinned":false}`, 409, "stays pinned"},
+		{"POST", api.PathRemove, `{"ref":"pinned"}`, 409, "is pinned"},
+		{"POST", api.PathRemove, `{"ref":"pinned","force":true}`, 200, `"id":"sha256:p"`},
+		{"POST", api.PathRemove, `{"ref":"gone"}`, 404, `"code":"not-found"`},
+		{"POST", api.PathRemove, `{"ref":`, 400, `"code":"invalid"`},
+		{"POST", api.PathRemove, `{"ref":"a"}{}`, 400, "more than one value"},
+		{"POST", api.PathRemove, `{"ref":"` + strings.Repeat("x", api.MaxRequest) + `"}`, 400, "too large"},
+		{"GET", api.PathRemove, "", 405, ""},
+		{"GET", "/v1/nothing", "", 404, ""},
+	} {
+		status, body := call(t, c, q.method, q.path, q.body)
+		if status != q.status || !strings.Contains(body, q.want) {
+			t.Errorf("%s %s %.60s: %d %.200s, want %d and %q", q.method, q.path, q.body, status, body, q.status, q.want)
+		}
+	}
+}
+
+func TestPullTells(t *testing.T) {
+	needRoot(t)
+	s := &shelf{images: map[string]imageservice.Image{}}
+	s.pull = func(_ context.Context, ref string) (imageservice.Image, error) {
+		if ref != "slow" {
+			return imageservice.Image{}, fmt.Errorf("no: %w", imageservice.ErrUnauthorized)
+		}
+		time.Sleep(2 * reportEvery)
+		return imageservice.Image{ID: "sha256:s"}, nil
+	}
+	c, _ := serve(t, s)
+	_, body := call(t, c, "POST", api.PathPull, `{"ref":"slow"}`)
+	var recs []api.Record
+	for lines := bufio.NewScanner(strings.NewReader(body)); lines.Scan(); {
+		var r api.Record
+		if err := json.Unmarshal(lines.Bytes(), &r); err != nil {
+			t.Fatal(err)
+		}
+		recs = append(recs, r)
+	}
+	n := len(recs)
+	if n < 3 || recs[0].Stage != "layers 1/2" || recs[n-2].Image == nil || recs[n-2].Image.ID != "sha256:s" || !recs[n-1].Done || recs[n-1].Error != nil {
+		t.Errorf("records %+v", recs)
+	}
+	_, body = call(t, c, "POST", api.PathPull, `{"ref":"denied"}`)
+	if !strings.Contains(body, `"done":true`) || !strings.Contains(body, `"code":"unauthorized"`) {
+		t.Errorf("a pull that was denied: %s", body)
+	}
+}
+
+// TestClientGone: work ends when nobody listens any more.
+func TestClientGone(t *testing.T) {
+	needRoot(t)
+	began, ended := make(chan struct{}), make(chan error, 1)
+	s := &shelf{pull: func(ctx context.Context, _ string) (imageservice.Image, error) {
+		close(began)
+		<-ctx.Done()
+		ended <- ctx.Err()
+		return imageservice.Image{}, ctx.Err()
+	}}
+	c, _ := serve(t, s)
+	ctx, cancel := context.WithCancel(context.Background())
+	req, err := http.NewRequestWithContext(ctx, "POST", "http://x"+api.PathPull, bytes.NewReader([]byte(`{"ref":"x"}`)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		if resp, err := c.Do(req); err == nil {
+			_, _ = io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+		}
+	}()
+	<-began
+	cancel()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("ended with %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the work goes on without its client")
+	}
+}
+
+// TestWorkIsBounded: one work too many is refused, and questions are still answered.
+func TestWorkIsBounded(t *testing.T) {
+	needRoot(t)
+	began, end := make(chan struct{}, maxWork), make(chan struct{})
+	s := &shelf{pull: func(context.Context, string) (imageservice.Image, error) {
+		began <- struct{}{}
+		<-end
+		return imageservice.Image{}, nil
+	}}
+	c, _ := serve(t, s)
+	var wg sync.WaitGroup
+	for range maxWork {
+		wg.Go(func() { call(t, c, "POST", api.PathPull, `{"ref":"x"}`) })
+	}
+	for range maxWork {
+		<-began
+	}
+	if status, body := call(t, c, "POST", api.PathPull, `{"ref":"x"}`); status != http.StatusServiceUnavailable || !strings.Contains(body, "limit") {
+		t.Errorf("one too many: %d %s", status, body)
+	}
+	if status, _ := call(t, c, "GET", api.PathVersion, ""); status != 200 {
+		t.Errorf("version beside work: %d", status)
+	}
+	close(end)
+	wg.Wait()
+}
+
+// TestOnlyRoot: whoever gets at the socket and is not root is cut off without an answer.
+func TestOnlyRoot(t *testing.T) {
+	needRoot(t)
+	_, path := serve(t, &shelf{})
+	// The socket's own mode, in berthd, and its directory's do not let anybody as far as here.
+	for dir := path; strings.HasPrefix(dir, os.TempDir()+"/"); dir = filepath.Dir(dir) {
+		if err := os.Chmod(dir, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := asUser(65534, func() (string, error) {
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			return "", err
+		}
+		defer c.Close()
+		fmt.Fprintf(c, "GET %s HTTP/1.0\r\n\r\n", api.PathVersion)
+		b, err := io.ReadAll(c)
+		return string(b), err
+	})
+	if errors.Is(err, os.ErrPermission) {
+		t.Fatalf("the test's user cannot reach the socket: %v", err)
+	}
+	if got != "" {
+		t.Errorf("user 65534 was answered: %q", got)
+	}
+}
+
+// asUser runs f on a thread of another user, which ends with it.
+func asUser(uid int, f func() (string, error)) (got string, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		if _, _, errno := syscall.RawSyscall(syscall.SYS_SETRESUID, ^uintptr(0), uintptr(uid), ^uintptr(0)); errno != 0 {
+			err = errno
+			return
+		}
+		got, err = f()
+	}()
+	<-done
+	return got, err
+}

@@ -1,0 +1,141 @@
+// Package api is the language of berthd's admin socket: HTTP/1.1 and JSON over
+// the unix socket <run_dir>/admin.sock, which only root may use.
+//
+// # Nouns
+//
+//   - path: each Path constant is one question; its comment names the method, what
+//     is sent and what comes back.
+//   - Record: one line of the answer to long work. Such an answer is
+//     newline-delimited JSON: records of progress, then exactly one that is Done, with
+//     an Error if the work failed. An answer that ends without it was cut off.
+//   - Error: why something was not done, with a code to decide by and a text to show.
+//
+// # Caveats
+//
+//   - An answer to a question that failed at once has a status of 400 or above and
+//     an Error as its body; work that has begun tells of its end in its last record.
+//   - This is the interface of the command berth of the same release, not one for
+//     other programs: fields are added, and unknown ones are ignored by both sides.
+package api
+
+import "time"
+
+// The paths. "ref" is an image reference or ID.
+const (
+	PathVersion = "/v1/version"       // GET: Version
+	PathConfig  = "/v1/config"        // GET: Config
+	PathImages  = "/v1/images"        // GET: []Image; with ?ref= that one only
+	PathRemove  = "/v1/images/remove" // POST RemoveRequest: Image
+	PathPin     = "/v1/images/pin"    // POST PinRequest: Image
+	PathPull    = "/v1/images/pull"   // POST PullRequest: records
+	PathPulls   = "/v1/pulls"         // GET: []Pull
+)
+
+// Limits of what is sent, in bytes.
+const (
+	// MaxRequest bounds the body of a request, archives left out.
+	MaxRequest = 1 << 20
+	// MaxRecord bounds one line of an answer that is made of records.
+	MaxRecord = 1 << 20
+	// MaxAnswer bounds every other answer.
+	MaxAnswer = 256 << 20
+)
+
+// Code tells kinds of errors apart.
+type Code string
+
+// The codes.
+const (
+	CodeInvalid      Code = "invalid"      // the request is wrong
+	CodeNotFound     Code = "not-found"    // what it names is not there
+	CodeConflict     Code = "conflict"     // the state forbids it
+	CodeUnauthorized Code = "unauthorized" // a registry denied access
+	CodeUnavailable  Code = "unavailable"  // a registry does not answer, or berthd is busy
+	CodeDamaged      Code = "damaged"      // data is not what its digest says
+	CodeTooLarge     Code = "too-large"    // a limit was passed
+	CodeCancelled    Code = "cancelled"    // the caller went away or time was up
+	CodeFailed       Code = "failed"       // anything else
+)
+
+// Error is why something was not done.
+type Error struct {
+	Code Code   `json:"code"`
+	Text string `json:"text"`
+}
+
+// Error implements error.
+func (e *Error) Error() string { return e.Text }
+
+// Version identifies a running berthd.
+type Version struct {
+	Version string `json:"version"`
+	PID     int    `json:"pid"`
+}
+
+// Config is the configuration in force, by key.
+type Config struct {
+	Values map[string]any `json:"values"`
+	TOML   string         `json:"toml"` // the same as a file
+}
+
+// Image is an image of the node.
+type Image struct {
+	ID           string    `json:"id"`
+	Tags         []string  `json:"tags"`
+	Digests      []string  `json:"digests"`
+	Size         uint64    `json:"size"` // bytes on disk, unpacked
+	Pinned       bool      `json:"pinned"`
+	Created      time.Time `json:"created,omitzero"`
+	Pulled       time.Time `json:"pulled,omitzero"`
+	OS           string    `json:"os,omitempty"`
+	Architecture string    `json:"architecture,omitempty"`
+	Variant      string    `json:"variant,omitempty"`
+}
+
+// RemoveRequest asks for the removal of an image with all its names.
+type RemoveRequest struct {
+	Ref   string `json:"ref"`
+	Force bool   `json:"force,omitempty"` // also when it is pinned
+}
+
+// PinRequest sets or takes away the pin of an image.
+type PinRequest struct {
+	Ref    string `json:"ref"`
+	Pinned bool   `json:"pinned"`
+}
+
+// PullRequest asks for an image from a registry.
+type PullRequest struct {
+	Ref      string `json:"ref"`
+	Username string `json:"username,omitempty"`
+	Password string `json:"password,omitempty"`
+	Pin      bool   `json:"pin,omitempty"`
+}
+
+// Pull is a pull, or an import, that is running.
+type Pull struct {
+	Ref     string        `json:"ref"`
+	Stage   string        `json:"stage"`
+	Began   time.Time     `json:"began"`
+	StageAt time.Time     `json:"stageAt"`
+	Age     time.Duration `json:"age"` // nanoseconds since Began, by berthd's clock
+}
+
+// Record is one line of the answer to long work.
+type Record struct {
+	// Ref is what the record is about, where several things are worked on.
+	Ref string `json:"ref,omitempty"`
+	// Stage says what is being done, such as "layers 3/8".
+	Stage string `json:"stage,omitempty"`
+	// Bytes of Total are done; a Total of 0 is not known.
+	Bytes int64 `json:"bytes,omitempty"`
+	Total int64 `json:"total,omitempty"`
+	// Note says what became of the image: "imported", "present".
+	Note string `json:"note,omitempty"`
+	// Image is one that is complete now.
+	Image *Image `json:"image,omitempty"`
+	// Done marks the last record.
+	Done bool `json:"done,omitempty"`
+	// Error says why the work, or before the last record a part of it, failed.
+	Error *Error `json:"error,omitempty"`
+}
