@@ -20,10 +20,10 @@ PACKAGES := runc containernetworking-plugins iptables iproute2 busybox-static ca
 UNIT      = $(shell $(GO) list ./... 2>/dev/null | grep -v '/test/')
 
 .DEFAULT_GOAL := help
-.PHONY: help build install deps test unit race conformance crash demo lint fuzz docs clean
+.PHONY: help build install deps test unit race conformance crash demo lint fuzz bench-pull docs clean
 
 help: ## list the verbs
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
 
 build: ## build berthd, berth, berth-shim and berth-init into ./bin
 	@mkdir -p $(BIN)
@@ -69,6 +69,9 @@ fuzz: ## each fuzz target for FUZZTIME (10s)
 	@for p in $$(grep -rl --include=*_test.go '^func Fuzz' . | xargs -n1 dirname | sort -u); do \
 	  for f in $$(grep -h '^func Fuzz' $$p/*_test.go | sed -E 's/func (Fuzz[A-Za-z0-9_]*).*/\1/'); do \
 	    echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p || exit 1; done; done
+
+bench-pull: ## pulls and removals through CRI; ARGS such as '-endpoint a=unix:///… -endpoint b=unix:///…', '-rounds 9', '-dir DIR'
+	$(GO) run ./test/bench/pull $(ARGS)
 
 docs: ## write docs/configuration.md and the golden files anew
 	$(GO) test ./cmd/berthd -run Documentation -update
