@@ -28,8 +28,9 @@ var allowed = map[string][]string{
 	"sandbox":                  {"imageservice", "cni", "cni/netns", "shim", "sandbox/spec", "sandbox/cgroup", "snapshotter", "store"},
 	"sandbox/spec":             {},
 	"sandbox/cgroup":           {},
-	"imageservice":             {"imageservice/layer", "snapshotter", "store"},
+	"imageservice":             {"imageservice/layer", "imageservice/registry", "snapshotter", "store"},
 	"imageservice/layer":       {},
+	"imageservice/registry":    {},
 	"snapshotter":              {},
 	"snapshotter/overlay":      {"snapshotter", "store"},
 	"snapshotter/snapshottest": {"snapshotter"},
@@ -52,7 +53,7 @@ var fences = map[string][]string{
 	"k8s.io/cri-streaming":               {"cri"},
 	"k8s.io/streaming":                   {"cri"},
 	"github.com/prometheus":              {"cri", "cmd/berthd"},
-	"github.com/BurntSushi/toml":         {"cmd/berthd", "cmd/berth"},
+	"github.com/BurntSushi/toml":         {"cmd/berthd", "cmd/berth", "imageservice"}, // imageservice: hosts.toml
 	"github.com/opencontainers/selinux":  {"sandbox"},
 	"tags.cncf.io":                       {"sandbox"},
 }
