@@ -107,7 +107,7 @@ func isPinned(r *imageRow, patterns []string) bool {
 }
 
 // find returns the ID that text means, or ErrNotFound.
-func (v *view) find(text string, search []string) (string, error) {
+func (v *view) find(text string, search shortNames) (string, error) {
 	if id, ok := v.byID(text, 64); ok {
 		return id, nil
 	}

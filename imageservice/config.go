@@ -26,9 +26,17 @@ type Config struct {
 
 	// PullTimeout ends a pull that takes too long: default 1 h.
 	PullTimeout time.Duration
-	// StallTimeout ends a pull in which a layer waited that long for the registry and
-	// got less than 1 KiB/s: default 60 s. Time spent waiting for the disk does not count.
+	// StallTimeout ends a pull in which a layer waited that long for registries and
+	// got less than MinRate: default 60 s. Half of it makes the pull go on over another
+	// connection, to another mirror if there is one. Time spent waiting for the disk does
+	// not count.
 	StallTimeout time.Duration
+	// MinRate is the least, in bytes per second, that a connection must bring not to
+	// count as stalled: 1 to 1 GiB, default 1 KiB.
+	MinRate int64
+	// Retries is how often in a row, without progress, a request is tried or a connection
+	// may break before a pull is given up: 1 to 100, default 5.
+	Retries int
 	// OrphanTimeout is for how long a pull goes on when nobody waits for it any
 	// more, so that a caller who comes back finds it further on: default 5 min.
 	OrphanTimeout time.Duration
@@ -42,6 +50,9 @@ type Config struct {
 	// CertsDir has a directory with CA and client certificates for each registry
 	// ("certs.d"). "" means the host's: /etc/containers/certs.d, /etc/docker/certs.d.
 	CertsDir string
+	// HostsDir is the root of containerd's certs.d: a directory for each registry with
+	// a hosts.toml. "" means the host's, /etc/containerd/certs.d.
+	HostsDir string
 	// PolicyPath is the signature policy. "" means /etc/containers/policy.json if
 	// that is there, and to accept anything otherwise.
 	PolicyPath string
@@ -70,9 +81,6 @@ const (
 	maxConfigBytes      = 8 << 20
 	// maxLayers is what the kernel's overlay accepts as lower directories.
 	maxLayers = 500
-	// maxManifestBytes bounds what is stored of a manifest; containers/image reads
-	// no more than 4 MiB.
-	maxManifestBytes = 4 << 20
 )
 
 // withDefaults returns c with its defaults filled in, or an error that names the
@@ -89,6 +97,10 @@ func (c Config) withDefaults() (Config, error) {
 	def(&c.MaxLayerBytes, 256<<30)
 	def(&c.MaxLayerEntries, 1<<20)
 	def(&c.MaxConfigBytes, maxConfigBytes)
+	def(&c.MinRate, 1<<10)
+	retries := int64(c.Retries)
+	def(&retries, 5)
+	c.Retries = int(retries)
 	def((*int64)(&c.PullTimeout), int64(time.Hour))
 	def((*int64)(&c.StallTimeout), int64(time.Minute))
 	def((*int64)(&c.OrphanTimeout), int64(5*time.Minute))
@@ -113,6 +125,8 @@ func (c Config) validate() error {
 		{"MaxLayerBytes", c.MaxLayerBytes, 1 << 10, 1 << 50},
 		{"MaxLayerEntries", c.MaxLayerEntries, 1, 1 << 30},
 		{"MaxConfigBytes", c.MaxConfigBytes, 1 << 10, maxConfigBytes},
+		{"MinRate", c.MinRate, 1, 1 << 30},
+		{"Retries", int64(c.Retries), 1, 100},
 	} {
 		if f.v < f.min || f.v > f.max {
 			return fmt.Errorf("images config: %s = %d: must be %d to %d", f.name, f.v, f.min, f.max)

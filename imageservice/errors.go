@@ -2,8 +2,10 @@ package imageservice
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -16,6 +18,7 @@ import (
 	"github.com/docker/distribution/registry/api/errcode"
 
 	"github.com/berthd/berth/imageservice/layer"
+	"github.com/berthd/berth/imageservice/registry"
 )
 
 var sentinels = []error{
@@ -56,11 +59,18 @@ func classify(err error) error {
 	if errors.As(err, &requirement) || errors.As(err, &badSignature) {
 		return mark(ErrPolicyRejected, err)
 	}
-	// A registry that answers the first question of all with "not found" is none.
-	if status := httpStatus(err); status != 0 && !strings.Contains(err.Error(), "pinging container registry") || status == http.StatusUnauthorized {
+	if errors.Is(err, registry.ErrProtocol) {
+		return mark(ErrRegistryUnavailable, err)
+	}
+	if status := httpStatus(err); status != 0 && (!registry.IsToken(err) || status < 500) {
 		return mark(statusSentinel(status), err)
 	}
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	switch {
+	case errors.Is(err, registry.ErrTooLarge):
+		return mark(ErrTooLarge, err)
+	case registry.IsToken(err), errors.Is(err, registry.ErrRedirect), errors.Is(err, io.ErrUnexpectedEOF):
+		return mark(ErrRegistryUnavailable, err)
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err // ended by us; a net.Error all the same
 	}
 	var netErr net.Error
@@ -87,10 +97,13 @@ var statusText = regexp.MustCompile(`\bStatusCode: ([1-5][0-9][0-9])\b`)
 
 // httpStatus finds the HTTP status behind an error of containers/image; 0 for none.
 func httpStatus(err error) int {
+	var status *registry.StatusError
 	var unexpected docker.UnexpectedHTTPStatusError
 	var credentials docker.ErrUnauthorizedForCredentials
 	var coder errcode.ErrorCoder
 	switch {
+	case errors.As(err, &status):
+		return status.Status
 	case errors.As(err, &unexpected):
 		return unexpected.StatusCode
 	case errors.As(err, &credentials):
@@ -123,19 +136,16 @@ func unknownStatus(text string) int {
 	return http.StatusBadRequest
 }
 
-// worthRetrying: the registry may answer otherwise in a moment. A refused connection or
-// an unknown host is reported at once, so that a mistyped name does not take long.
+// worthRetrying: the registry may answer otherwise in a moment. A host that does not
+// exist is reported at once, so that a mistyped name does not take long.
 func worthRetrying(err error) bool {
-	if !errors.Is(err, ErrRegistryUnavailable) || errors.Is(err, ErrStalled) {
+	if !errors.Is(err, ErrRegistryUnavailable) || errors.Is(err, registry.ErrProtocol) || errors.Is(err, registry.ErrRedirect) {
 		return false
 	}
 	if status := httpStatus(err); status != 0 {
 		return status >= 500
 	}
-	var op *net.OpError
-	if errors.As(err, &op) && op.Op == "dial" {
-		return false
-	}
+	var cert *tls.CertificateVerificationError
 	var dns *net.DNSError
-	return !errors.As(err, &dns)
+	return !errors.As(err, &cert) && (!errors.As(err, &dns) || !dns.IsNotFound)
 }

@@ -290,7 +290,7 @@ func TestFlightOfAnother(t *testing.T) {
 		second <- err
 	}()
 	waitFor(t, "the second pull at its layers", func() bool {
-		return slices.ContainsFunc(n.Pulls(), func(p PullStatus) bool { return strings.Contains(p.Reference, "fast") && p.Stage == "layers 0/1" })
+		return slices.ContainsFunc(n.Pulls(), func(p PullProgress) bool { return strings.Contains(p.Reference, "fast") && p.Stage == "layers 0/1" })
 	})
 	cancel()
 	err := <-first

@@ -5,49 +5,60 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
+
+	"github.com/berthd/berth/imageservice/registry"
 )
 
-const (
-	// minRate is the least that a registry must send, in bytes per second over
-	// StallTimeout. Slower than that is a stall, not a slow network.
-	minRate = 1 << 10
-	// maxAttempts is how often in a row a connection may break without goodProgress.
-	maxAttempts  = 5
-	goodProgress = 1 << 20
-)
+// goodProgress is how many bytes make up for the connections that broke before.
+const goodProgress = 1 << 20
 
 var errSilent = errors.New("connection silent")
 
-// blobReader reads one blob over as many connections as it takes. What was read already
-// is skipped on a new connection: the stages behind it go on where they were, and
-// their digests tell if the registry sends something else the second time.
+// blobReader reads one blob over as many connections, to as many endpoints, as it takes. A
+// new connection goes on where the last one ended; where a server does not know ranges,
+// what was read already is skipped. The stages behind it notice nothing, and their digest
+// is over all of it, so that it tells if the second server sends something else.
 //
-// It measures the time spent waiting for the registry, which excludes the time in which
+// It measures the time spent waiting for a server, which excludes the time in which
 // nobody reads because the disk is slow.
 type blobReader struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	open   func(context.Context) (io.ReadCloser, error)
-	size   int64 // as the manifest states
-	stall  time.Duration
+	src    *source
+	blob   string // digest
+	size   int64  // as the manifest states
+	record *layerRecord
+	broken error // what an end before the blob's is
 
-	body     io.ReadCloser // nil between connections
-	conn     context.Context
-	connEnd  context.CancelCauseFunc
-	off      int64 // of the blob
+	// The connection, if there is one.
+	body    *registry.Blob
+	conn    context.Context
+	connEnd context.CancelCauseFunc
+	from    *remote
+	waited  time.Duration // for it, and
+	got     int64         // bytes from it, since it was last fast enough
+
+	off     int64 // of the blob
+	senders []*remote
+	etags   map[*remote]string
+
+	// Since the last goodProgress.
+	failedAt int64 // off at the first failure
 	failures int
-	failedAt int64 // off at the last failure
-	broken   error
-
-	// Since the last time that enough had come.
-	waited time.Duration
-	got    int64
+	stalls   int
+	tried    map[*remote]bool // in this round
+	said     answers
+	refused  map[*remote]bool // for good, for this blob
 }
 
-func newBlobReader(ctx context.Context, size int64, stall time.Duration, open func(context.Context) (io.ReadCloser, error)) *blobReader {
+func (s *Service) newBlobReader(ctx context.Context, src *source, blob string, size int64, record *layerRecord) *blobReader {
 	ctx, cancel := context.WithCancelCause(ctx)
-	return &blobReader{ctx: ctx, cancel: cancel, open: open, size: size, stall: stall, broken: io.ErrUnexpectedEOF}
+	return &blobReader{
+		ctx: ctx, cancel: cancel, src: src, blob: blob, size: size, record: record, broken: io.ErrUnexpectedEOF,
+		etags: map[*remote]string{}, tried: map[*remote]bool{}, refused: map[*remote]bool{},
+	}
 }
 
 // Close ends a Read that waits, and all that follow. It may be called at any time.
@@ -56,10 +67,14 @@ func (b *blobReader) Close() error {
 	return nil
 }
 
+// distrust is to be called when what was read is not what its digest says, after Close and
+// when no Read runs. It tells if another try may bring something else.
+func (b *blobReader) distrust() bool { return b.src.distrust(b.blob, b.senders...) }
+
 // Read implements io.Reader.
 func (b *blobReader) Read(p []byte) (int, error) {
 	for {
-		if err := b.ctx.Err(); err != nil {
+		if b.ctx.Err() != nil {
 			b.disconnect()
 			return 0, context.Cause(b.ctx)
 		}
@@ -67,15 +82,16 @@ func (b *blobReader) Read(p []byte) (int, error) {
 			b.disconnect()
 			return 0, io.EOF
 		}
+		var n int
+		var err error
 		if b.body == nil {
-			if err := b.connect(); err != nil {
-				return 0, err
-			}
+			err = b.connect()
 		}
-		n, err := b.receive(p[:min(int64(len(p)), b.size-b.off)])
-		b.off += int64(n)
+		if err == nil {
+			n, err = b.receive(p[:min(int64(len(p)), b.size-b.off)])
+			b.off += int64(n)
+		}
 		if err != nil {
-			b.disconnect()
 			if err := b.fail(err); err != nil {
 				return n, err
 			}
@@ -86,44 +102,59 @@ func (b *blobReader) Read(p []byte) (int, error) {
 	}
 }
 
-// connect opens the blob, again and again, and skips to where reading stopped.
+// connect asks the next endpoint for the rest of the blob, and skips what it sends too
+// much of.
 func (b *blobReader) connect() error {
-	for {
-		if b.failures > 0 {
-			began := time.Now()
-			if err := pause(b.ctx, backoff(b.failures-1)); err != nil {
-				return err
-			}
-			b.waited += time.Since(began)
-		}
-		err := b.connectOnce()
-		if err == nil {
-			return nil
-		}
-		b.disconnect()
-		if err := b.fail(err); err != nil {
-			return err
-		}
+	if err := b.next(); err != nil {
+		return err
 	}
-}
-
-func (b *blobReader) connectOnce() error {
 	b.conn, b.connEnd = context.WithCancelCause(b.ctx)
+	b.waited, b.got = 0, 0
 	err := b.watch(func() (int, error) {
 		var err error
-		b.body, err = b.open(b.conn)
+		b.body, err = b.from.client.Blob(b.conn, b.blob, b.off, -1, b.etags[b.from])
 		return 0, err
 	})
 	if err != nil {
 		return err
 	}
+	if b.body.Size >= 0 && b.body.Size != b.size {
+		return fmt.Errorf("it has %d bytes there, the manifest says %d: %w", b.body.Size, b.size, ErrDigestMismatch)
+	}
+	b.etags[b.from] = b.body.ETag
+	b.record.change(func(l *LayerProgress) { l.Endpoint = b.from.Host })
 	skip := make([]byte, 64<<10)
-	for at := int64(0); at < b.off; {
+	for at := b.body.Offset; at < b.off; {
 		n, err := b.receive(skip[:min(int64(len(skip)), b.off-at)])
 		at += int64(n)
-		if err != nil && at < b.off {
+		if err != nil {
 			return err
 		}
+	}
+	if !slices.Contains(b.senders, b.from) {
+		b.senders = append(b.senders, b.from)
+	}
+	return nil
+}
+
+// next chooses an endpoint: the first that was not tried since the last progress. When all
+// were, it waits a little before it begins again.
+func (b *blobReader) next() error {
+	usable := slices.DeleteFunc(b.src.usable(b.blob, false), func(r *remote) bool { return b.refused[r] })
+	if len(usable) == 0 {
+		if len(b.said.order) == 0 {
+			return fmt.Errorf("no endpoint with the capability to pull: %w", ErrRegistryUnavailable)
+		}
+		return b.said.error()
+	}
+	for round := 0; round < 2; round++ {
+		for _, r := range usable {
+			if !b.tried[r] {
+				b.tried[r], b.from = true, r
+				return nil
+			}
+		}
+		clear(b.tried)
 	}
 	return nil
 }
@@ -146,7 +177,7 @@ func (b *blobReader) receive(p []byte) (n int, err error) {
 		return n, err
 	})
 	if err == io.EOF {
-		err = io.ErrUnexpectedEOF
+		err = b.broken
 		if b.off+int64(n) >= b.size {
 			err = nil
 		}
@@ -154,17 +185,24 @@ func (b *blobReader) receive(p []byte) (n int, err error) {
 	return n, err
 }
 
-// watch runs one wait for the registry and ends it, through the connection's context, when
-// it takes half of what is allowed: the other half is for another connection.
+// patience is how long one connection may bring too little: half of what is allowed, as
+// the other half is for another connection.
+func (b *blobReader) patience() time.Duration { return max(b.src.cfg.StallTimeout/2, time.Millisecond) }
+
+// watch runs one wait for the server and ends it, through the connection's context, when
+// the connection was too slow for too long.
 func (b *blobReader) watch(wait func() (int, error)) error {
 	began := time.Now()
 	end := b.connEnd
-	timer := time.AfterFunc(max(min(b.stall/2, b.stall-b.waited), time.Millisecond), func() { end(errSilent) })
+	timer := time.AfterFunc(max(b.patience()-b.waited, time.Millisecond), func() { end(errSilent) })
 	n, err := wait()
 	timer.Stop()
-	b.waited += time.Since(began)
-	if b.got += int64(n); b.got >= max(int64(b.stall.Seconds()*minRate), 1) {
+	took := time.Since(began)
+	b.waited += took
+	b.record.received(n, took)
+	if b.got += int64(n); b.got >= max(int64(b.patience().Seconds()*float64(b.src.cfg.MinRate)), 1) {
 		b.waited, b.got = 0, 0
+		b.stalls = 0
 	}
 	if err != nil && err != io.EOF && errors.Is(context.Cause(b.conn), errSilent) {
 		return errSilent
@@ -172,27 +210,60 @@ func (b *blobReader) watch(wait func() (int, error)) error {
 	return err
 }
 
-// fail counts a broken connection and returns nil if another one is worth a try.
+// fail takes note of a connection that brought an error instead of all bytes, and returns
+// nil if there is to be another one, for which it has waited long enough.
 func (b *blobReader) fail(err error) error {
 	if b.ctx.Err() != nil {
+		b.disconnect()
 		return context.Cause(b.ctx)
 	}
-	if b.waited >= b.stall {
-		return fmt.Errorf("%d bytes in %s at byte %d of %d: %w: %w", b.got, b.waited.Round(time.Millisecond), b.off, b.size, ErrRegistryUnavailable, ErrStalled)
+	if b.connEnd == nil { // next found nobody
+		return err
 	}
-	classified := classify(err)
-	// A server that was there a moment ago may be starting again: unlike for the
-	// manifest, a refused connection is tried again.
-	if errors.Is(classified, ErrUnauthorized) || errors.Is(classified, ErrNotFound) {
-		return classified
-	}
+	waited, got, from := b.waited, b.got, b.from
+	b.disconnect()
 	if b.off-b.failedAt >= goodProgress {
-		b.failures = 0
+		b.failures, b.stalls = 0, 0
+		clear(b.tried)
 	}
 	b.failures++
 	b.failedAt = b.off
-	if b.failures < maxAttempts {
-		return nil
+	usable := len(b.src.usable(b.blob, false)) - len(b.refused)
+	var after time.Duration
+	if errors.Is(err, errSilent) {
+		b.stalls++
+		err = fmt.Errorf("%d bytes in %s: %w: %w", got, waited.Round(time.Millisecond), ErrRegistryUnavailable, ErrStalled)
+		from.bad.Add(1)
+	} else {
+		err = classify(err)
+		var again bool
+		if after, again = retryable(err); again || !isClassified(err) {
+			from.bad.Add(1)
+		} else {
+			b.refused[from] = true
+			usable--
+		}
 	}
-	return fmt.Errorf("connection broken %d times, last at byte %d of %d: %w: %w", b.failures, b.off, b.size, ErrRegistryUnavailable, err)
+	b.said.add(from, fmt.Errorf("at byte %d of %d: %w", b.off, b.size, err))
+	b.note(from, err)
+	switch {
+	case usable <= 0, b.stalls >= max(2, usable), b.failures >= max(b.src.cfg.Retries, usable):
+		if b.failures > 1 {
+			return fmt.Errorf("given up after %d connections: %w", b.failures, b.said.error())
+		}
+		return b.said.error()
+	}
+	if after == 0 && b.failures < usable {
+		return nil // somebody else is asked at once
+	}
+	return pause(b.ctx, max(after, backoff(b.failures-usable)))
+}
+
+// note lets others see what went wrong and was got over.
+func (b *blobReader) note(from *remote, err error) {
+	text := from.Host + ": " + err.Error()
+	b.record.change(func(l *LayerProgress) { l.Problem = text; l.Retries++ })
+	if b.src.notice != nil {
+		b.src.notice(text)
+	}
 }

@@ -4,13 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"sync"
 	"time"
 
-	"github.com/containers/image/v5/pkg/blobinfocache/none"
-	"github.com/containers/image/v5/types"
 	"github.com/opencontainers/go-digest"
 	"k8s.io/klog/v2"
 
@@ -27,27 +24,27 @@ const (
 
 // flight is the making of one layer, for all pulls that want it.
 type flight struct {
-	done chan struct{}
-	err  error // valid once done is closed
+	done   chan struct{}
+	record *layerRecord
+	err    error // valid once done is closed
 }
 
 // fetchLayers makes all layers that are missing, side by side. The first error ends the others.
 func (s *Service) fetchLayers(ctx context.Context, p *pull, pl *plan) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	p.count(len(pl.layers), 0)
+	p.track(pl.layers)
 	var wg sync.WaitGroup
 	last := make(chan struct{}) // closed when the layer below the next one is committed
 	close(last)
 	for i := range pl.layers {
 		ready, below := make(chan struct{}), last
 		wg.Go(func() {
-			err := s.ensureLayer(ctx, pl, i, below)
+			err := s.ensureLayer(ctx, p, pl, i, below)
 			if err != nil {
 				cancel(fmt.Errorf("layer %d of %d (%s): %w", i+1, len(pl.layers), pl.layers[i].Digest, err))
 				return
 			}
-			p.count(0, 1)
 			close(ready)
 		})
 		last = ready
@@ -59,12 +56,13 @@ func (s *Service) fetchLayers(ctx context.Context, p *pull, pl *plan) error {
 // ensureLayer makes layer i unless it is there or another pull is making it. A flight
 // that failed is no reason to fail: it may have been cancelled, or have had worse
 // credentials; then this pull flies itself.
-func (s *Service) ensureLayer(ctx context.Context, pl *plan, i int, below <-chan struct{}) error {
+func (s *Service) ensureLayer(ctx context.Context, p *pull, pl *plan, i int, below <-chan struct{}) error {
 	chain := pl.layers[i].ChainID
 	for {
-		f, own := s.flightOf(chain)
+		f, own := s.flightOf(pl.layers[i])
+		p.follow(i, f.record, !own)
 		if own {
-			f.err = s.makeLayer(ctx, pl, i, below)
+			f.err = s.makeLayer(ctx, pl, i, below, f.record)
 			s.mu.Lock()
 			delete(s.flights, chain)
 			s.mu.Unlock()
@@ -82,27 +80,42 @@ func (s *Service) ensureLayer(ctx context.Context, pl *plan, i int, below <-chan
 	}
 }
 
-func (s *Service) flightOf(chain string) (f *flight, own bool) {
+func (s *Service) flightOf(l layerRow) (f *flight, own bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if f := s.flights[chain]; f != nil {
+	if f := s.flights[l.ChainID]; f != nil {
 		return f, false
 	}
-	f = &flight{done: make(chan struct{})}
-	s.flights[chain] = f
+	f = &flight{done: make(chan struct{}), record: newLayerRecord(l.Digest, l.Size)}
+	s.flights[l.ChainID] = f
 	return f, true
 }
 
-// makeLayer unpacks a layer into a snapshot of its own and, when the layer below is
-// there, commits it on that.
-func (s *Service) makeLayer(ctx context.Context, pl *plan, i int, below <-chan struct{}) (err error) {
-	chain := pl.layers[i].ChainID
-	switch _, err := s.sn.Stat(ctx, chain); {
+// makeLayer makes a layer that is not there. When somebody sent other bytes than the
+// digest says, somebody else is asked.
+func (s *Service) makeLayer(ctx context.Context, pl *plan, i int, below <-chan struct{}, record *layerRecord) error {
+	switch _, err := s.sn.Stat(ctx, pl.layers[i].ChainID); {
 	case err == nil:
+		record.enter(layerPresent)
 		return nil
 	case !errors.Is(err, snapshotter.ErrNotFound):
 		return err
 	}
+	for {
+		again, err := s.tryLayer(ctx, pl, i, below, record)
+		if err == nil {
+			record.enter(layerDone)
+		}
+		if !again {
+			return err
+		}
+		record.restart()
+	}
+}
+
+// tryLayer unpacks a layer into a snapshot of its own and, when the layer below is there,
+// commits it on that. again tells that another try would be made of other bytes.
+func (s *Service) tryLayer(ctx context.Context, pl *plan, i int, below <-chan struct{}, record *layerRecord) (again bool, err error) {
 	key, done := s.newExtraction()
 	defer done()
 	defer func() {
@@ -110,14 +123,17 @@ func (s *Service) makeLayer(ctx context.Context, pl *plan, i int, below <-chan s
 			s.undo(ctx, key)
 		}
 	}()
-	res, root, err := s.unpack(ctx, pl, i, key)
+	l := pl.layers[i]
+	r := s.newBlobReader(ctx, pl.src, l.Digest, l.Size, record)
+	res, root, err := s.unpack(ctx, l, key, r, record)
 	if err != nil {
-		return err
+		return errors.Is(err, ErrDigestMismatch) && r.distrust(), err
 	}
+	record.enter(layerCommitting)
 	select {
 	case <-below:
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		return false, context.Cause(ctx)
 	}
 	opts := []snapshotter.Opt{snapshotter.WithUsage(snapshotter.Usage{Size: res.Size, Inodes: res.Inodes})}
 	// Overlay does not know opaque roots, but a layer may do without the ones below.
@@ -125,10 +141,10 @@ func (s *Service) makeLayer(ctx context.Context, pl *plan, i int, below <-chan s
 		parent := pl.layers[i-1].ChainID
 		opts = append(opts, snapshotter.WithParent(parent))
 		if err := s.adopt(ctx, key, parent, root, res.Implied); err != nil {
-			return err
+			return false, err
 		}
 	}
-	return s.sn.Commit(ctx, chain, key, opts...)
+	return false, s.sn.Commit(ctx, l.ChainID, key, opts...)
 }
 
 // newExtraction returns a key that no other extraction has, and marks it as in use until
@@ -161,8 +177,10 @@ func (s *Service) undo(ctx context.Context, key string) {
 	}
 }
 
-// unpack downloads layer i into a new snapshot, as soon as there is a slot.
-func (s *Service) unpack(ctx context.Context, pl *plan, i int, key string) (res layer.Result, root string, err error) {
+// unpack reads a layer from r, which it closes, into a new snapshot, as soon as there is a
+// slot.
+func (s *Service) unpack(ctx context.Context, l layerRow, key string, r *blobReader, record *layerRecord) (res layer.Result, root string, err error) {
+	defer r.Close()
 	select {
 	case s.slots <- struct{}{}:
 		defer func() { <-s.slots }()
@@ -177,8 +195,7 @@ func (s *Service) unpack(ctx context.Context, pl *plan, i int, key string) (res 
 		return res, "", fmt.Errorf("snapshotter gave %d mounts to unpack into, want one directory: %w", len(mounts), ErrUnsupported)
 	}
 	root = mounts[0].Source
-	l := pl.layers[i]
-	r := s.download(ctx, pl.src, types.BlobInfo{Digest: digest.Digest(l.Digest), Size: l.Size, MediaType: l.MediaType})
+	record.enter(layerPulling)
 	st, err := layer.Open(r, layer.Blob{
 		MediaType: l.MediaType, Digest: digest.Digest(l.Digest), DiffID: digest.Digest(l.DiffID), Size: l.Size, MaxBytes: s.cfg.MaxLayerBytes,
 	})
@@ -186,7 +203,7 @@ func (s *Service) unpack(ctx context.Context, pl *plan, i int, key string) (res 
 		return res, "", classify(err)
 	}
 	began := time.Now()
-	res, err = layer.ApplyDir(ctx, root, st, layer.Options{MaxBytes: s.cfg.MaxLayerBytes, MaxEntries: s.cfg.MaxLayerEntries})
+	res, err = layer.ApplyDir(ctx, root, record.unpacking(st), layer.Options{MaxBytes: s.cfg.MaxLayerBytes, MaxEntries: s.cfg.MaxLayerEntries})
 	if err != nil {
 		err = st.Blame(err)
 	}
@@ -230,12 +247,4 @@ func (s *Service) adopt(ctx context.Context, key, parent, root string, implied [
 	}
 	defer dir.Close()
 	return layer.AdoptDirs(below, dir, implied)
-}
-
-// download is the stream of a blob that survives broken connections.
-func (s *Service) download(ctx context.Context, src types.ImageSource, info types.BlobInfo) io.ReadCloser {
-	return newBlobReader(ctx, info.Size, s.cfg.StallTimeout, func(ctx context.Context) (io.ReadCloser, error) {
-		r, _, err := src.GetBlob(ctx, info, none.NoCache)
-		return r, err
-	})
 }

@@ -6,10 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"runtime/debug"
 	"slices"
-	"sort"
 	"sync"
 	"time"
 
@@ -45,18 +43,12 @@ type pull struct {
 	orphan  *time.Timer
 
 	mu      sync.Mutex
+	named   string // the full name that is being tried
 	stage   string
 	stageAt time.Time
-	layers  int // of which
-	ready   int // are there
-}
-
-// PullStatus tells what a running pull is doing.
-type PullStatus struct {
-	Reference string
-	Stage     string // such as "manifest" or "layers 3/8"
-	Began     time.Time
-	StageAt   time.Time
+	problem string // the last that was got over
+	records []*layerRecord
+	shared  []bool // the layer's record is another pull's
 }
 
 func (p *pull) enter(stage string) {
@@ -65,22 +57,35 @@ func (p *pull) enter(stage string) {
 	p.stage, p.stageAt = stage, time.Now()
 }
 
-// count makes the layers part of the stage's name.
-func (p *pull) count(layers, ready int) {
+// begin notes that a name is tried; what was noted about the one before is forgotten.
+func (p *pull) begin(name string) {
+	p.enter(stageManifest)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.layers += layers
-	p.ready += ready
+	p.named, p.records, p.shared = name, nil, nil
 }
 
-func (p *pull) status() PullStatus {
+func (p *pull) trouble(what string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	st := PullStatus{Reference: p.ref, Stage: p.stage, Began: p.began, StageAt: p.stageAt}
-	if p.stage == stageLayers {
-		st.Stage = fmt.Sprintf("%s %d/%d", p.stage, p.ready, p.layers)
+	p.problem = what
+}
+
+// track lists the layers, of which nothing is known yet.
+func (p *pull) track(layers []layerRow) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.records, p.shared = make([]*layerRecord, len(layers)), make([]bool, len(layers))
+	for i, l := range layers {
+		p.records[i] = newLayerRecord(l.Digest, l.Size)
 	}
-	return st
+}
+
+// follow names who makes a layer.
+func (p *pull) follow(i int, r *layerRecord, shared bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.records[i], p.shared[i] = r, shared
 }
 
 // The stages of a pull.
@@ -93,26 +98,14 @@ const (
 	stageCommit   = "commit"
 )
 
-// Pulls returns what pulls are running, the oldest first.
-func (s *Service) Pulls() []PullStatus {
-	s.mu.Lock()
-	running := slices.Collect(maps.Values(s.pulls))
-	s.mu.Unlock()
-	out := make([]PullStatus, 0, len(running))
-	for _, p := range running {
-		out = append(out, p.status())
-	}
-	sort.Slice(out, func(i, j int) bool { return out[i].Began.Before(out[j].Began) })
-	return out
-}
-
 // Pull fetches the image that ref names and returns it once it is complete and durable.
 // A pull with the same reference and credentials that runs already is joined. The pull
 // does not end with ctx: a caller whose ctx ends gets an error that wraps the cause and
 // names the stage and its age, while the pull goes on for as long as somebody waits and
 // for OrphanTimeout longer, within PullTimeout. auth may be nil.
 func (s *Service) Pull(ctx context.Context, ref string, auth *Auth) (Image, error) {
-	names, err := candidates(ref, *s.search.Load())
+	s.refresh(ctx)
+	names, err := s.search.Load().toPull(ref)
 	if err != nil {
 		return Image{}, err
 	}
@@ -125,15 +118,13 @@ func (s *Service) Pull(ctx context.Context, ref string, auth *Auth) (Image, erro
 		return p.image, p.err
 	case <-ctx.Done():
 		s.leave(p)
-		st := p.status()
-		return Image{}, fmt.Errorf("pull of image %q goes on without its caller, at %s for %s, %s in all: %w",
-			ref, st.Stage, time.Since(st.StageAt).Round(time.Millisecond), time.Since(st.Began).Round(time.Millisecond), context.Cause(ctx))
+		return Image{}, fmt.Errorf("pull of image %q goes on without its caller, %s: %w", ref, p.progress().where(), context.Cause(ctx))
 	}
 }
 
 // join finds the running pull or starts one.
-func (s *Service) join(ctx context.Context, ref string, names []reference.Named, auth *Auth) (*pull, error) {
-	key := pullKey{ref: names[0].String()}
+func (s *Service) join(ctx context.Context, ref string, names []candidate, auth *Auth) (*pull, error) {
+	key := pullKey{ref: names[0].named.String()}
 	if auth != nil {
 		b, err := json.Marshal(auth)
 		if err != nil {
@@ -149,7 +140,7 @@ func (s *Service) join(ctx context.Context, ref string, names []reference.Named,
 	p := s.pulls[key]
 	if p == nil {
 		p = &pull{ref: ref, done: make(chan struct{}), began: time.Now()}
-		p.enter(stageManifest)
+		p.begin(key.ref)
 		own, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 		p.cancel = cancel
 		s.pulls[key] = p
@@ -173,7 +164,7 @@ func (s *Service) leave(p *pull) {
 }
 
 // fly runs a pull to its end and tells all who wait.
-func (s *Service) fly(ctx context.Context, key pullKey, p *pull, names []reference.Named, auth *Auth) {
+func (s *Service) fly(ctx context.Context, key pullKey, p *pull, names []candidate, auth *Auth) {
 	defer s.wg.Done()
 	ctx, stop := context.WithTimeoutCause(ctx, s.cfg.PullTimeout,
 		fmt.Errorf("pull took longer than %s: %w", s.cfg.PullTimeout, context.DeadlineExceeded))
@@ -199,7 +190,7 @@ func (s *Service) fly(ctx context.Context, key pullKey, p *pull, names []referen
 
 // tryAll goes through the registries that a short name may be at. What counts as the
 // failure is that of the first registry that has the image or refuses to tell.
-func (s *Service) tryAll(ctx context.Context, p *pull, names []reference.Named, auth *Auth) (img Image, err error) {
+func (s *Service) tryAll(ctx context.Context, p *pull, names []candidate, auth *Auth) (img Image, err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			klog.FromContext(ctx).Error(nil, "Panic in a pull", "panic", v, "stack", string(debug.Stack()))
@@ -207,7 +198,9 @@ func (s *Service) tryAll(ctx context.Context, p *pull, names []reference.Named, 
 		}
 	}()
 	var errs []error
-	for _, named := range names {
+	for _, c := range names {
+		named := c.named
+		p.begin(named.String())
 		img, err := s.pullFrom(ctx, p, named, auth)
 		if err == nil {
 			return img, nil

@@ -75,23 +75,6 @@ func isShort(text string) bool {
 	return !ok || !strings.ContainsAny(host, ".:") && host != "localhost" && strings.ToLower(host) == host
 }
 
-// candidates are the full forms of a reference in the order in which they are tried: one,
-// unless the name is short and there are several registries to search.
-func candidates(text string, search []string) ([]reference.Named, error) {
-	if !isShort(text) {
-		search = search[:1]
-	}
-	var out []reference.Named
-	for _, registry := range search {
-		named, err := parseReference(text, registry)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, named)
-	}
-	return out, nil
-}
-
 // idPrefix returns the hex digits of what may be an image ID or the beginning of one.
 func idPrefix(text string) (string, bool) {
 	m := hexID.FindStringSubmatch(text)

@@ -23,7 +23,7 @@ func TestReferenceGolden(t *testing.T) {
 		"", " ", "UPPER", "host.example/Upper", "a:b:c", "a//b", "/a", "a/", "-a", "a@sha256:12", "a@md5:d41d8cd98f00b204e9800998ecf8427e", "a:", "a:" + strings.Repeat("t", 129),
 		"http://host.example/app", "a b", "a\x00b", "../a", "host.example/../a", strings.Repeat("n", 300),
 	} {
-		named, err := candidates(in, []string{"docker.io", "search.example"})
+		named, err := candidates(in, shortNames{search: []string{"docker.io", "search.example"}})
 		fmt.Fprintf(&out, "%q\n", in)
 		if err != nil {
 			if !errors.Is(err, ErrInvalidReference) {

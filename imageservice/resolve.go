@@ -2,25 +2,16 @@ package imageservice
 
 import (
 	"context"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/containers/image/v5/docker"
 	"github.com/containers/image/v5/docker/reference"
-	"github.com/containers/image/v5/image"
 	"github.com/containers/image/v5/manifest"
-	"github.com/containers/image/v5/pkg/blobinfocache/none"
-	"github.com/containers/image/v5/pkg/sysregistriesv2"
-	"github.com/containers/image/v5/signature"
 	"github.com/containers/image/v5/types"
 	"github.com/opencontainers/go-digest"
 )
@@ -35,87 +26,10 @@ func (s *Service) systemContext() *types.SystemContext {
 	}
 }
 
-// contextFor adds what one reference and its credentials need.
-func (s *Service) contextFor(named reference.Named, auth *Auth) (*types.SystemContext, error) {
-	sys := s.systemContext()
-	host := reference.Domain(named)
-	configured, err := sysregistriesv2.FindRegistry(sys, named.Name())
-	if err != nil {
-		return nil, fmt.Errorf("registries configuration: %w", err)
-	}
-	if configured != nil && configured.Blocked {
-		return nil, fmt.Errorf("%s is blocked in registries.conf: %w", configured.Prefix, ErrPolicyRejected)
-	}
-	if slices.Contains(s.cfg.InsecureRegistries, host) || configured == nil && isLoopback(host) && !s.hasCerts(host) {
-		sys.DockerInsecureSkipTLSVerify = types.OptionalBoolTrue
-	}
-	return sys, auth.apply(sys, host)
-}
-
-func isLoopback(hostPort string) bool {
-	host := hostPort
-	if h, _, err := net.SplitHostPort(hostPort); err == nil {
-		host = h
-	}
-	ip := net.ParseIP(strings.Trim(host, "[]"))
-	return host == "localhost" || ip != nil && ip.IsLoopback()
-}
-
-// hasCerts: whoever installed certificates for a registry wants them checked.
-func (s *Service) hasCerts(host string) bool {
-	dirs := []string{s.cfg.CertsDir}
-	if s.cfg.CertsDir == "" {
-		dirs = []string{"/etc/containers/certs.d", "/etc/docker/certs.d"}
-	}
-	for _, d := range dirs {
-		if _, err := os.Stat(filepath.Join(d, host)); err == nil {
-			return true
-		}
-	}
-	return false
-}
-
-// apply sets the credentials, unless they are for another registry.
-func (a *Auth) apply(sys *types.SystemContext, host string) error {
-	if a == nil || a.ServerAddress != "" && serverHost(a.ServerAddress) != serverHost(host) {
-		return nil
-	}
-	switch {
-	case a.RegistryToken != "":
-		sys.DockerBearerRegistryToken = a.RegistryToken
-	case a.IdentityToken != "":
-		sys.DockerAuthConfig = &types.DockerAuthConfig{IdentityToken: a.IdentityToken}
-	case a.Username != "":
-		sys.DockerAuthConfig = &types.DockerAuthConfig{Username: a.Username, Password: a.Password}
-	case a.Auth != "":
-		b, err := base64.StdEncoding.DecodeString(a.Auth)
-		user, password, ok := strings.Cut(string(b), ":")
-		if err != nil || !ok {
-			return fmt.Errorf("credentials: auth is not the base64 of user:password: %w", ErrUnauthorized)
-		}
-		sys.DockerAuthConfig = &types.DockerAuthConfig{Username: user, Password: strings.TrimRight(password, "\x00")}
-	}
-	return nil
-}
-
-// serverHost brings the forms in which registries are named in credentials to one.
-func serverHost(address string) string {
-	_, rest, ok := strings.Cut(address, "://")
-	if !ok {
-		rest = address
-	}
-	host, _, _ := strings.Cut(rest, "/")
-	switch host {
-	case "index.docker.io", "registry-1.docker.io":
-		return "docker.io"
-	}
-	return host
-}
-
 // plan is what a manifest and a config say about an image to pull.
 type plan struct {
 	named       reference.Named
-	src         types.ImageSource
+	src         *source
 	id          string
 	top         digest.Digest // what the name points to: an index or a manifest
 	manifest    []byte
@@ -125,14 +39,10 @@ type plan struct {
 	layers      []layerRow
 }
 
-// resolve asks the registry for manifest and config and checks them. On success the
-// plan's source is open and the caller's to close.
+// resolve asks for manifest and config and checks them. On success the plan's source is
+// open and the caller's to close.
 func (s *Service) resolve(ctx context.Context, p *pull, named reference.Named, auth *Auth) (_ *plan, err error) {
-	sys, err := s.contextFor(named, auth)
-	if err != nil {
-		return nil, err
-	}
-	src, err := s.openSource(ctx, sys, named)
+	src, err := s.openSource(named, auth, p.trouble)
 	if err != nil {
 		return nil, err
 	}
@@ -142,16 +52,19 @@ func (s *Service) resolve(ctx context.Context, p *pull, named reference.Named, a
 		}
 	}()
 	pl := &plan{named: named, src: src}
-	instance, err := s.chooseInstance(ctx, pl, sys)
+	blob, mime, err := s.chooseInstance(ctx, pl)
 	if err != nil {
 		return nil, err
 	}
+	if pl.manifestSum, err = manifest.Digest(blob); err != nil {
+		return nil, fmt.Errorf("manifest: %w: %w", ErrInvalidImage, err)
+	}
 	p.enter(stagePolicy)
-	if err := s.checkPolicy(ctx, instance); err != nil {
+	if err := s.checkPolicy(ctx, src, auth, blob, mime, pl.manifestSum); err != nil {
 		return nil, err
 	}
 	p.enter(stageConfig)
-	if err := s.readManifest(ctx, pl, instance); err != nil {
+	if err := s.readManifest(ctx, pl, blob, mime); err != nil {
 		return nil, err
 	}
 	return pl, nil
@@ -171,68 +84,31 @@ func because(ctx context.Context, err error) error {
 	return err
 }
 
-// openSource finds the endpoint that has the manifest, and tries again what may be a hiccup.
-func (s *Service) openSource(ctx context.Context, sys *types.SystemContext, named reference.Named) (types.ImageSource, error) {
-	ref, err := docker.NewReference(named)
+// chooseInstance reads what the name points to and, if that is an index, the manifest for
+// this node's platform from it.
+func (s *Service) chooseInstance(ctx context.Context, pl *plan) ([]byte, string, error) {
+	blob, mime, err := manifestOf(ctx, pl.src, "")
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrInvalidReference, err)
-	}
-	ctx, stop := s.patience(ctx)
-	defer stop()
-	for attempt := 0; ; attempt++ {
-		src, err := ref.NewImageSource(ctx, sys)
-		if err == nil {
-			return src, nil
-		}
-		err = classify(because(ctx, err))
-		if attempt == 2 || !worthRetrying(err) || pause(ctx, backoff(attempt)) != nil {
-			return nil, err
-		}
-	}
-}
-
-// backoff is the wait before attempt n+1, n from 0.
-func backoff(n int) time.Duration { return min(200*time.Millisecond<<min(n, 10), 5*time.Second) }
-
-func pause(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
-
-// chooseInstance reads what the name points to and, if that is an index, chooses the
-// manifest for this node's platform from it.
-func (s *Service) chooseInstance(ctx context.Context, pl *plan, sys *types.SystemContext) (*image.UnparsedImage, error) {
-	ctx, stop := s.patience(ctx)
-	defer stop()
-	unparsed := image.UnparsedInstance(pl.src, nil)
-	blob, mime, err := manifestOf(ctx, unparsed)
-	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	if pl.top, err = topDigest(pl.named, blob); err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	if !manifest.MIMETypeIsMultiImage(mime) {
-		return unparsed, nil
+		return blob, mime, nil
 	}
 	list, err := manifest.ListFromBlob(blob, mime)
 	if err != nil {
-		return nil, fmt.Errorf("index: %w: %w", ErrInvalidImage, err)
+		return nil, "", fmt.Errorf("index: %w: %w", ErrInvalidImage, err)
 	}
-	chosen, err := list.ChooseInstance(sys)
+	chosen, err := list.ChooseInstance(s.systemContext())
 	if err != nil {
-		return nil, fmt.Errorf("platform %s: %w: %w", s.platform(), ErrUnsupported, err)
+		return nil, "", fmt.Errorf("platform %s: %w: %w", s.platform(), ErrUnsupported, err)
 	}
 	if err := chosen.Validate(); err != nil {
-		return nil, fmt.Errorf("index: digest %.100q: %w: %w", chosen, ErrInvalidImage, err)
+		return nil, "", fmt.Errorf("index: digest %.100q: %w: %w", chosen, ErrInvalidImage, err)
 	}
-	return image.UnparsedInstance(pl.src, &chosen), nil
+	return manifestOf(ctx, pl.src, chosen)
 }
 
 func (s *Service) platform() string {
@@ -255,28 +131,22 @@ func topDigest(named reference.Named, blob []byte) (digest.Digest, error) {
 	return d, nil
 }
 
-// manifestOf reads a manifest, whose digest is checked where one is known, with its
-// media type, guessed when the registry did not tell a usable one.
-func manifestOf(ctx context.Context, u *image.UnparsedImage) ([]byte, string, error) {
-	blob, mime, err := u.Manifest(ctx)
+// manifestOf reads a manifest, whose digest is checked where one is known, with its media
+// type, guessed when the registry did not tell a usable one.
+func manifestOf(ctx context.Context, src *source, d digest.Digest) ([]byte, string, error) {
+	m, err := src.manifest(ctx, d)
 	if err != nil {
-		err = because(ctx, err)
-		if strings.Contains(err.Error(), "does not match provided manifest digest") {
-			return nil, "", mark(ErrDigestMismatch, err)
-		}
-		return nil, "", fmt.Errorf("manifest: %w", err)
-	}
-	if len(blob) > maxManifestBytes {
-		return nil, "", fmt.Errorf("manifest of %d bytes, at most %d: %w", len(blob), maxManifestBytes, ErrTooLarge)
+		return nil, "", err
 	}
 	known := []string{
 		manifest.DockerV2ListMediaType, ociIndexType, manifest.DockerV2Schema2MediaType, ociManifestType,
 		manifest.DockerV2Schema1MediaType, manifest.DockerV2Schema1SignedMediaType,
 	}
+	mime := m.MediaType
 	if !slices.Contains(known, mime) {
-		mime = manifest.GuessMIMEType(blob)
+		mime = manifest.GuessMIMEType(m.Body)
 	}
-	return blob, mime, nil
+	return m.Body, mime, nil
 }
 
 const (
@@ -285,40 +155,14 @@ const (
 	ociConfigType   = "application/vnd.oci.image.config.v1+json"
 )
 
-// checkPolicy asks the signature policy before anything else of the image is believed.
-func (s *Service) checkPolicy(ctx context.Context, u *image.UnparsedImage) error {
-	pc, err := signature.NewPolicyContext(s.policy.Load())
-	if err != nil {
-		return fmt.Errorf("signature policy: %w", err)
-	}
-	defer pc.Destroy() //nolint:errcheck // of no consequence once the answer is there
-	ctx, stop := s.patience(ctx)
-	defer stop()
-	allowed, err := pc.IsRunningImageAllowed(ctx, u)
-	if err != nil {
-		return fmt.Errorf("signature policy: %w", classify(because(ctx, err)))
-	}
-	if !allowed {
-		return fmt.Errorf("signature policy: %w", ErrPolicyRejected)
-	}
-	return nil
-}
-
 // readManifest fills the plan from a manifest and its config.
-func (s *Service) readManifest(ctx context.Context, pl *plan, u *image.UnparsedImage) error {
-	ctx, stop := s.patience(ctx)
-	defer stop()
-	blob, mime, err := manifestOf(ctx, u)
-	if err != nil {
-		return err
-	}
-	if pl.manifestSum, err = manifest.Digest(blob); err != nil {
-		return fmt.Errorf("manifest: %w: %w", ErrInvalidImage, err)
-	}
+func (s *Service) readManifest(ctx context.Context, pl *plan, blob []byte, mime string) error {
 	switch mime {
 	case manifest.DockerV2Schema2MediaType, ociManifestType:
 	case manifest.DockerV2Schema1MediaType, manifest.DockerV2Schema1SignedMediaType:
 		return fmt.Errorf("manifest of Docker's schema 1, obsolete since 2017: push it again with a newer tool: %w", ErrUnsupported)
+	case manifest.DockerV2ListMediaType, ociIndexType:
+		return fmt.Errorf("index inside an index: %w", ErrUnsupported)
 	default:
 		return fmt.Errorf("manifest of type %.100q: %w", mime, ErrUnsupported)
 	}
@@ -327,10 +171,15 @@ func (s *Service) readManifest(ctx context.Context, pl *plan, u *image.UnparsedI
 		return fmt.Errorf("manifest: %w: %w", ErrInvalidImage, err)
 	}
 	pl.manifest = blob
+	info := m.ConfigInfo()
+	// Before its layers, which are of any type too.
+	if t := info.MediaType; t != ociConfigType && t != manifest.DockerV2Schema2ConfigMediaType {
+		return fmt.Errorf("config of type %.100q: an artifact, not a container image: %w", t, ErrUnsupported)
+	}
 	if err := pl.setLayers(m); err != nil {
 		return err
 	}
-	return s.readConfig(ctx, pl, m.ConfigInfo())
+	return s.readConfig(ctx, pl, info)
 }
 
 // setLayers checks the manifest's layers one by one.
@@ -376,13 +225,10 @@ func (s *Service) readConfig(ctx context.Context, pl *plan, info types.BlobInfo)
 	if info.Digest.Algorithm() != digest.SHA256 {
 		return fmt.Errorf("config: digest algorithm %s: %w", info.Digest.Algorithm(), ErrUnsupported)
 	}
-	if t := info.MediaType; t != ociConfigType && t != manifest.DockerV2Schema2ConfigMediaType {
-		return fmt.Errorf("config of type %.100q: an artifact, not a container image: %w", t, ErrUnsupported)
-	}
 	if info.Size > s.cfg.MaxConfigBytes {
 		return fmt.Errorf("config of %d bytes, at most %d: %w", info.Size, s.cfg.MaxConfigBytes, ErrTooLarge)
 	}
-	b, err := s.smallBlob(ctx, pl.src, types.BlobInfo{Digest: info.Digest, Size: info.Size, MediaType: info.MediaType})
+	b, err := pl.src.smallBlob(ctx, info.Digest)
 	if err != nil {
 		return fmt.Errorf("config %s: %w", info.Digest, err)
 	}
@@ -397,36 +243,26 @@ func (s *Service) readConfig(ctx context.Context, pl *plan, info types.BlobInfo)
 }
 
 // smallBlob reads a whole blob into memory and verifies it.
-func (s *Service) smallBlob(ctx context.Context, src types.ImageSource, info types.BlobInfo) ([]byte, error) {
-	for attempt := 0; ; attempt++ {
-		b, err := s.smallBlobOnce(ctx, src, info)
-		if err == nil {
-			return b, nil
+func (src *source) smallBlob(ctx context.Context, d digest.Digest) (b []byte, err error) {
+	limit := src.cfg.MaxConfigBytes
+	err = src.ask(ctx, src.usable(d.String(), false), func(ctx context.Context, r *remote) error {
+		blob, err := r.client.Blob(ctx, d.String(), 0, -1, "")
+		if err != nil {
+			return err
 		}
-		err = classify(because(ctx, err))
-		if attempt == 2 || !worthRetrying(err) || pause(ctx, backoff(attempt)) != nil {
-			return nil, err
+		defer blob.Close()
+		if b, err = io.ReadAll(io.LimitReader(blob, limit+1)); err != nil {
+			return mark(ErrRegistryUnavailable, err)
 		}
-	}
-}
-
-func (s *Service) smallBlobOnce(ctx context.Context, src types.ImageSource, info types.BlobInfo) ([]byte, error) {
-	r, _, err := src.GetBlob(ctx, info, none.NoCache)
-	if err != nil {
-		return nil, err
-	}
-	defer r.Close()
-	b, err := io.ReadAll(io.LimitReader(r, s.cfg.MaxConfigBytes+1))
-	if err != nil {
-		return nil, mark(ErrRegistryUnavailable, err)
-	}
-	if int64(len(b)) > s.cfg.MaxConfigBytes {
-		return nil, fmt.Errorf("more than %d bytes: %w", s.cfg.MaxConfigBytes, ErrTooLarge)
-	}
-	if got := info.Digest.Algorithm().FromBytes(b); got != info.Digest {
-		return nil, fmt.Errorf("received %d bytes with digest %s: %w", len(b), got, ErrDigestMismatch)
-	}
-	return b, nil
+		if int64(len(b)) > limit {
+			return fmt.Errorf("more than %d bytes: %w", limit, ErrTooLarge)
+		}
+		if got := d.Algorithm().FromBytes(b); got != d {
+			return fmt.Errorf("received %d bytes with digest %s: %w", len(b), got, ErrDigestMismatch)
+		}
+		return nil
+	})
+	return b, err
 }
 
 // configFile is an image config as OCI and Docker write it, as far as berth reads it.

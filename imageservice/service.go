@@ -4,21 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/containers/image/v5/pkg/sysregistriesv2"
 	"github.com/containers/image/v5/signature"
 	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/snapshotter"
 	"github.com/berthd/berth/store"
 )
-
-const hostPolicy = "/etc/containers/policy.json"
 
 // Service keeps the images. All methods may be called at any time, until Close.
 type Service struct {
@@ -29,7 +25,7 @@ type Service struct {
 	view     atomic.Pointer[view]
 	fs       atomic.Pointer[FsUsage]
 	pinned   atomic.Pointer[[]string]
-	search   atomic.Pointer[[]string] // registries of short names; never empty
+	search   atomic.Pointer[shortNames]
 	policy   atomic.Pointer[signature.Policy]
 	inUse    atomic.Pointer[func() map[string]bool]
 	slots    chan struct{} // one for each layer that may be unpacked now
@@ -38,6 +34,8 @@ type Service struct {
 	sequence atomic.Int64 // of extraction keys
 	wg       sync.WaitGroup
 	gcMu     sync.Mutex // one collection at a time
+	reloadMu sync.Mutex
+	seen     string // fingerprint of the files of the last reload; guarded by reloadMu
 
 	// commitMu orders changes to the book's image rows and the view with them.
 	commitMu sync.Mutex
@@ -136,42 +134,6 @@ func (s *Service) SetPinned(patterns []string) error {
 	s.pinned.Store(&cfg.PinnedImages)
 	s.view.Store(newView(s.view.Load().rows, cfg.PinnedImages))
 	return nil
-}
-
-// Reload reads registries.conf and policy.json again; the other files are read by each
-// pull. After an error the last good policy and search list stay in force.
-func (s *Service) Reload() error {
-	policy, err := loadPolicy(s.cfg.PolicyPath)
-	if err != nil {
-		return err
-	}
-	sysregistriesv2.InvalidateCache()
-	search, err := sysregistriesv2.UnqualifiedSearchRegistries(s.systemContext())
-	if err != nil {
-		return fmt.Errorf("registries configuration: %w", err)
-	}
-	if len(search) == 0 {
-		search = []string{s.cfg.UnqualifiedRegistry}
-	}
-	s.policy.Store(policy)
-	s.search.Store(&search)
-	return nil
-}
-
-// loadPolicy reads the signature policy. Without one anything is accepted: that is how
-// nodes are without it, and a node that refused all images would not tell anyone why.
-func loadPolicy(path string) (*signature.Policy, error) {
-	if path == "" {
-		if _, err := os.Stat(hostPolicy); errors.Is(err, os.ErrNotExist) {
-			return &signature.Policy{Default: signature.PolicyRequirements{signature.NewPRInsecureAcceptAnything()}}, nil
-		}
-		path = hostPolicy
-	}
-	p, err := signature.NewPolicyFromFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("signature policy %s: %w", path, err)
-	}
-	return p, nil
 }
 
 // measure adds up what the snapshotter stored about each layer.

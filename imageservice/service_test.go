@@ -64,7 +64,7 @@ func (n *node) start(change ...func(*Config)) {
 	cfg := Config{
 		LayersDir: filepath.Join(n.dir, "state", "layers"), RegistriesConf: n.mustWrite("registries.conf", ""),
 		RegistriesConfDir: n.mustMkdir("registries.conf.d"), RegistriesDir: n.mustMkdir("registries.d"),
-		CertsDir: n.mustMkdir("certs.d"), AuthFile: filepath.Join(n.dir, "auth.json"),
+		CertsDir: n.mustMkdir("certs.d"), HostsDir: n.mustMkdir("hosts.d"), AuthFile: filepath.Join(n.dir, "auth.json"),
 		PolicyPath: n.mustWrite("policy.json", `{"default":[{"type":"insecureAcceptAnything"}]}`),
 	}
 	for _, c := range change {

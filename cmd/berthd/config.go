@@ -43,12 +43,13 @@ type config struct {
 	CNIMaxConcurrent  int64
 
 	RegistriesConf, RegistriesConfDir, RegistriesDir string
-	CertsDir, PolicyPath, AuthFile                   string
+	CertsDir, HostsDir, PolicyPath, AuthFile         string
 	UnqualifiedRegistry                              string
 	InsecureRegistries                               []string
 	PinnedImages                                     []string
 	MaxConcurrentLayers, MaxLayerBytes               int64
 	PullTimeout, PullStallTimeout, PullOrphanTimeout time.Duration
+	PullMinRate, PullRetries                         int64
 
 	// origin tells where a key was set, as "file:line" or a flag, for errors.
 	origin map[string]string
@@ -138,6 +139,8 @@ func (c *config) fields() []*field {
 			`Directory registries.d, which tells where signatures are. "" means that of the host.`).optional(),
 		path(&c.CertsDir, "certs_dir", "",
 			`Directory with CA and client certificates for each registry. "" means those of the host, /etc/containers/certs.d and /etc/docker/certs.d.`).optional(),
+		path(&c.HostsDir, "hosts_dir", "",
+			`Directory with a directory for each registry that holds a hosts.toml, as containerd has it (its config_path). "" means that of the host, /etc/containerd/certs.d. A [[registry]] of registries.conf that matches an image counts instead.`).optional(),
 		path(&c.PolicyPath, "policy_path", "",
 			`Signature policy. "" means /etc/containers/policy.json if there is one, and to accept every image otherwise.`).optional(),
 		path(&c.AuthFile, "auth_file", "",
@@ -155,7 +158,11 @@ func (c *config) fields() []*field {
 		duration(&c.PullTimeout, "pull_timeout", time.Hour, time.Second, 24*time.Hour,
 			"How long a pull may take in all."),
 		duration(&c.PullStallTimeout, "pull_stall_timeout", time.Minute, time.Second, 24*time.Hour,
-			"How long a registry may send next to nothing before a pull is given up or goes on elsewhere."),
+			"How long registries may send next to nothing before a pull is given up. After half of it the pull goes on over another connection, to another mirror if there is one. Time in which the disk is slow does not count."),
+		size(&c.PullMinRate, "pull_min_rate", 1<<10, 1, 1<<30,
+			"What next to nothing is: less than this in a second, for one layer, on average."),
+		integer(&c.PullRetries, "pull_retries", 5, 1, 100,
+			"How often in a row, without progress, a registry is asked again that cannot be reached, breaks the connection or answers with a server error."),
 		duration(&c.PullOrphanTimeout, "pull_orphan_timeout", 5*time.Minute, time.Second, 24*time.Hour,
 			"How long a pull goes on when nobody waits for it any more."),
 	}

@@ -49,8 +49,9 @@ func (c *config) images() imageservice.Config {
 		LayersDir:           filepath.Join(c.StateDir, "layers"),
 		MaxConcurrentLayers: int(c.MaxConcurrentLayers), MaxLayerBytes: c.MaxLayerBytes,
 		PullTimeout: c.PullTimeout, StallTimeout: c.PullStallTimeout, OrphanTimeout: c.PullOrphanTimeout,
+		MinRate: c.PullMinRate, Retries: int(c.PullRetries),
 		RegistriesConf: c.RegistriesConf, RegistriesConfDir: c.RegistriesConfDir, RegistriesDir: c.RegistriesDir,
-		CertsDir: c.CertsDir, PolicyPath: c.PolicyPath, AuthFile: c.AuthFile,
+		CertsDir: c.CertsDir, HostsDir: c.HostsDir, PolicyPath: c.PolicyPath, AuthFile: c.AuthFile,
 		UnqualifiedRegistry: c.UnqualifiedRegistry, InsecureRegistries: c.InsecureRegistries,
 		PinnedImages: c.PinnedImages,
 	}

@@ -39,7 +39,7 @@ type Images interface {
 // Puller fetches images.
 type Puller interface {
 	Pull(ctx context.Context, ref string, auth *imageservice.Auth) (imageservice.Image, error)
-	Pulls() []imageservice.PullStatus
+	Pulls() []imageservice.PullProgress
 }
 
 // Deps is what the server asks. All are required.

@@ -71,8 +71,8 @@ func (s *shelf) Pull(ctx context.Context, ref string, _ *imageservice.Auth) (ima
 	return s.pull(ctx, ref)
 }
 
-func (s *shelf) Pulls() []imageservice.PullStatus {
-	return []imageservice.PullStatus{{Reference: "slow", Stage: "layers 1/2", Began: time.Now()}}
+func (s *shelf) Pulls() []imageservice.PullProgress {
+	return []imageservice.PullProgress{{Reference: "slow", Stage: "layers 1/2", Began: time.Now()}}
 }
 
 // serve starts a server on a socket and returns a client of it.
