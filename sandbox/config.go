@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/berthd/berth/cni"
 	"github.com/berthd/berth/cni/netns"
 	"github.com/berthd/berth/imageservice"
+	"github.com/berthd/berth/sandbox/cgroup"
 	"github.com/berthd/berth/snapshotter"
 	"github.com/berthd/berth/store"
 )
@@ -22,6 +25,14 @@ type Runtime struct {
 	// Root is the directory for the runtime's own state, "" for
 	// <run dir>/oci/<handler>.
 	Root string
+	// CgroupDriver is "" for the one of Config.
+	CgroupDriver string
+	// PodAnnotations and ContainerAnnotations are patterns (path.Match) of the
+	// keys of annotations that the runtime is told: those of a pod, for each of
+	// its containers and its init, and those of a container. Where both have a
+	// key, the container's counts. None are told by default: a runtime may let
+	// them change what a pod is allowed.
+	PodAnnotations, ContainerAnnotations []string
 }
 
 // Config is what the daemon tells this package. All paths are absolute.
@@ -115,11 +126,37 @@ func (c *Config) complete() error {
 	if _, ok := c.Runtimes[c.DefaultRuntime]; !ok {
 		return fmt.Errorf("default_runtime %q: no such runtime configured", c.DefaultRuntime)
 	}
-	if c.CgroupDriver != "cgroupfs" && c.CgroupDriver != "systemd" {
-		return fmt.Errorf("cgroup_driver %q: want cgroupfs or systemd", c.CgroupDriver)
+	if err := checkDriver(c.CgroupDriver); err != nil {
+		return err
+	}
+	for name, r := range c.Runtimes {
+		if err := r.check(); err != nil {
+			return fmt.Errorf("runtimes.%s: %w", name, err)
+		}
 	}
 	if c.BootID == "" {
 		return errors.New("boot ID unknown")
+	}
+	return nil
+}
+
+func (r Runtime) check() error {
+	if r.CgroupDriver != "" {
+		if err := checkDriver(r.CgroupDriver); err != nil {
+			return err
+		}
+	}
+	for _, p := range slices.Concat(r.PodAnnotations, r.ContainerAnnotations) {
+		if _, err := path.Match(p, ""); err != nil || p == "" {
+			return fmt.Errorf("annotations: pattern %q: %w", p, path.ErrBadPattern)
+		}
+	}
+	return nil
+}
+
+func checkDriver(d string) error {
+	if d != cgroup.Cgroupfs && d != cgroup.Systemd {
+		return fmt.Errorf("cgroup_driver %q: want %s or %s", d, cgroup.Cgroupfs, cgroup.Systemd)
 	}
 	return nil
 }

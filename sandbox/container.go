@@ -145,7 +145,7 @@ func (s *Service) planSpec(ctx context.Context, plan *containerPlan) error {
 	in := spec.Container{ID: plan.row.ID, PodID: p.ID, Pod: p.config, Config: cfg, Host: host,
 		Image: spec.Image{Env: plan.image.Config.Env, Entrypoint: plan.image.Config.Entrypoint, Cmd: plan.image.Config.Cmd,
 			WorkingDir: plan.image.Config.WorkingDir, User: plan.image.Config.User, StopSignal: plan.image.Config.StopSignal},
-		CgroupsPath: plan.row.CgroupPath, OOMScoreMin: &s.oomFloor,
+		Annotations: s.annotations(plan.rt.handler, p.config, cfg), CgroupsPath: plan.row.CgroupPath, OOMScoreMin: &s.oomFloor,
 		HostsFile: s.podFile(p.ID, fileHosts), ResolvConf: s.podFile(p.ID, fileResolv),
 		HostnameFile: s.podFile(p.ID, fileHostname), ShmDir: s.shmDir(p)}
 	var err error

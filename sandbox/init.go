@@ -126,7 +126,7 @@ func (s *Service) writeInitBundle(p *pod) error {
 	}
 	sp, err := spec.Init(spec.InitPod{PodID: p.ID, CgroupsPath: path, Rootfs: s.initDir, Arch: initArch, Host: s.host,
 		Network: pin(p.HostNetwork, netns.Net), UTS: pin(p.HostNetwork, netns.UTS), IPC: pin(p.hostIPC(), netns.IPC),
-		OOMScoreAdj: -998, OOMScoreMin: &s.oomFloor})
+		Annotations: s.annotations(s.runtimeOfPod(p).handler, p.config, nil), OOMScoreAdj: -998, OOMScoreMin: &s.oomFloor})
 	if err != nil {
 		return err
 	}

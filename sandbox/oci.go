@@ -9,6 +9,7 @@ import (
 	"maps"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/berthd/berth/sandbox/cgroup"
 )
@@ -268,6 +270,37 @@ func (s *Service) driverOf(p *pod) string {
 		return p.OCI.Driver
 	}
 	return s.cfg.CgroupDriver
+}
+
+// annotations are those that the OCI runtime of a handler is told about a pod,
+// and, if cfg is not nil, a container of it. A handler that has left the
+// configuration is told none.
+func (s *Service) annotations(handler string, pod *runtime.PodSandboxConfig, cfg *runtime.ContainerConfig) map[string]string {
+	r := s.cfg.Runtimes[handler]
+	out := allowed(pod.GetAnnotations(), r.PodAnnotations)
+	for k, v := range allowed(cfg.GetAnnotations(), r.ContainerAnnotations) {
+		if out == nil {
+			out = map[string]string{}
+		}
+		out[k] = v
+	}
+	return out
+}
+
+// allowed returns the annotations whose keys match one of the patterns, nil if
+// there are none.
+func allowed(notes map[string]string, patterns []string) map[string]string {
+	var out map[string]string
+	for k, v := range notes {
+		if !slices.ContainsFunc(patterns, func(p string) bool { ok, _ := path.Match(p, k); return ok }) {
+			continue
+		}
+		if out == nil {
+			out = map[string]string{}
+		}
+		out[k] = v
+	}
+	return out
 }
 
 // clip bounds what an error repeats of its input.

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -97,7 +98,7 @@ func (s *Service) prepare() error {
 		if err := os.MkdirAll(root, 0o700); err != nil {
 			return err
 		}
-		s.runtimes[name] = ociRuntime{prober: newProber(s.ctx, name, r.Path), root: root, driver: s.cfg.CgroupDriver}
+		s.runtimes[name] = ociRuntime{prober: newProber(s.ctx, name, r.Path), root: root, driver: cmp.Or(r.CgroupDriver, s.cfg.CgroupDriver)}
 		s.runtimes[name].refresh()
 	}
 	var err error

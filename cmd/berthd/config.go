@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	slashpath "path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -57,7 +58,8 @@ type config struct {
 
 // runtimeConfig is one OCI runtime, the table [runtimes.<handler>].
 type runtimeConfig struct {
-	Path, Root string
+	Path, Root, CgroupDriver             string
+	PodAnnotations, ContainerAnnotations []string
 }
 
 // Limits that have a reason outside of this file.
@@ -175,6 +177,12 @@ func (r *runtimeConfig) fields(handler string) []*field {
 			"The OCI runtime, a program with runc's command line. \"\" means the one in PATH that is called like the handler."),
 		path(&r.Root, "root", "",
 			`Directory of the runtime's own state. "" means oci/`+handler+` in run_dir.`).optional(),
+		text(&r.CgroupDriver, "cgroup_driver", "", checkDriver,
+			`Who makes the cgroups of this handler's pods, "systemd" or "cgroupfs". "" means what cgroup_driver says for the node. The kubelet is told that one only, and a pod whose cgroup_parent is in the form of the other driver is refused.`).limited("systemd, cgroupfs"),
+		list(&r.PodAnnotations, "pod_annotations", nil, checkAnnotation,
+			`Annotations of a pod that the runtime is told about it: patterns of keys such as "dev.gvisor.*", in which * stands for anything but a slash. Others it is not told: it may let an annotation change what a pod is allowed (runc obeys org.systemd.property.*, crun run.oci.*), so list no more than the users of the cluster may decide.`).limited("patterns"),
+		list(&r.ContainerAnnotations, "container_annotations", nil, checkAnnotation,
+			`The same for annotations of a container, which the kubelet and its device plugins set.`).limited("patterns"),
 	}
 }
 
@@ -273,6 +281,21 @@ func checkHandler(s string) error {
 	}
 	if !ok || s[0] == '-' || s[len(s)-1] == '-' {
 		return fmt.Errorf("want 1 to 63 lower-case letters, digits and '-'")
+	}
+	return nil
+}
+
+func checkDriver(s string) error {
+	if s != "" && s != "systemd" && s != "cgroupfs" {
+		return fmt.Errorf("want systemd, cgroupfs or nothing")
+	}
+	return nil
+}
+
+// checkAnnotation accepts a pattern of an annotation's key.
+func checkAnnotation(s string) error {
+	if _, err := slashpath.Match(s, ""); err != nil || s == "" || len(s) > 512 {
+		return fmt.Errorf("want the key of an annotation or a pattern of one, up to 512 bytes")
 	}
 	return nil
 }

@@ -74,6 +74,9 @@ func TestConfigErrors(t *testing.T) {
 		"metrics to the world":       {"metrics_listen = \"0.0.0.0:9797\"\n", 1, "metrics_listen: \"0.0.0.0:9797\": want host:port with a loopback address"},
 		"subnet":                     {"cni_fallback_subnet = \"10.85.1.0/16\"\n", 1, "cni_fallback_subnet: \"10.85.1.0/16\": want a subnet"},
 		"pattern":                    {"pinned_images = [\"a[\"]\n", 1, "pinned_images: entry 0: \"a[\": want an image reference"},
+		"annotation":                 {"[runtimes.runc]\npod_annotations = [\"a.*\", \"b[\"]\n", 2, "runtimes.runc.pod_annotations: entry 1: \"b[\": want the key of an annotation"},
+		"empty annotation":           {"[runtimes.runc]\ncontainer_annotations = [\"\"]\n", 2, "runtimes.runc.container_annotations: entry 0: \"\": want the key of an annotation"},
+		"driver of a runtime":        {"[runtimes.runc]\ncgroup_driver = \"auto\"\n", 2, "runtimes.runc.cgroup_driver: \"auto\": want systemd, cgroupfs or nothing"},
 		"syntax":                     {"log_level = 1\nstate_dir /a\n", 2, ""},
 		"duplicate key":              {"log_level = 1\nlog_level = 2\n", 2, ""},
 		"default runtime":            {"\n\ndefault_runtime = \"crun\"\n", 3, "default_runtime = \"crun\": there is no table [runtimes.crun], only runc"},
@@ -186,8 +189,8 @@ func TestPrintDefault(t *testing.T) {
 	if d := want.difference(got); len(d) > 0 {
 		t.Errorf("keys that differ: %v", d)
 	}
-	if n := len(got.origin); n != len(want.fields())+2 {
-		t.Errorf("%d keys in the file, want %d", n, len(want.fields())+2)
+	if n, all := len(got.origin), len(want.fields())+len(newRuntime("runc").fields("runc")); n != all {
+		t.Errorf("%d keys in the file, want %d", n, all)
 	}
 }
 

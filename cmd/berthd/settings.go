@@ -27,7 +27,8 @@ func (c *config) sandbox() (sandbox.Config, error) {
 		if path == "" {
 			path = handler
 		}
-		runtimes[handler] = sandbox.Runtime{Path: path, Root: r.Root}
+		runtimes[handler] = sandbox.Runtime{Path: path, Root: r.Root, CgroupDriver: r.CgroupDriver,
+			PodAnnotations: r.PodAnnotations, ContainerAnnotations: r.ContainerAnnotations}
 	}
 	return sandbox.Config{
 		StateDir: c.StateDir, RunDir: c.RunDir,
@@ -88,7 +89,11 @@ func (d *daemon) show() any {
 	}
 	runtimes := map[string]any{}
 	for h, r := range c.Runtimes {
-		runtimes[h] = map[string]string{"path": r.Path, "root": r.Root}
+		table := map[string]any{}
+		for _, f := range r.fields(h) {
+			table[f.key] = f.get()
+		}
+		runtimes[h] = table
 	}
 	out["runtimes"] = runtimes
 	return out
