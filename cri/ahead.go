@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,10 +17,15 @@ const (
 	// minAhead is how much is read ahead at least, in bytes, if there is as
 	// much. It takes that much memory only then.
 	minAhead = 4 << 20
+	// maxAhead bounds what is read ahead for all sessions together, in bytes:
+	// clients that send and do not read could have each session hold minAhead.
+	maxAhead = 256 << 20
+	// aheadBlock is how much is read at once.
+	aheadBlock = 64 << 10
 )
 
 // An aheadReader reads a connection, and reads it ahead while a write to it is
-// stuck.
+// stuck and nobody reads.
 //
 // A session with much going in and out can stand still for good without that.
 // The command does not read because it waits to write; the kernel's receive
@@ -32,18 +38,22 @@ const (
 type aheadReader struct {
 	conn net.Conn
 	from io.Reader // conn, after what came before it was taken over
+	all  *atomic.Int64
 
 	mu    sync.Mutex
 	done  *sync.Cond // busy went false
 	busy  bool       // somebody reads from
 	ahead []byte
-	err   error // after ahead
-	stuck bool  // a write waits
-	timer *time.Timer
+	err   error       // after ahead
+	stuck bool        // a write waits
+	ended bool        // no more is read ahead
+	timer *time.Timer // runs readAhead; set anew by each write and, during one, each read
 }
 
-func newAheadReader(conn net.Conn, from io.Reader) *aheadReader {
-	r := &aheadReader{conn: conn, from: from}
+// newAheadReader reads from, which ends with conn. What is ahead at any time is
+// counted in all.
+func newAheadReader(conn net.Conn, from io.Reader, all *atomic.Int64) *aheadReader {
+	r := &aheadReader{conn: conn, from: from, all: all}
 	r.done = sync.NewCond(&r.mu)
 	r.timer = time.AfterFunc(time.Hour, r.readAhead)
 	r.timer.Stop()
@@ -54,11 +64,15 @@ func newAheadReader(conn net.Conn, from io.Reader) *aheadReader {
 func (r *aheadReader) Read(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	// This may be the last read for long: the write that waits is looked after
+	// from now on.
+	defer r.lookLaterLocked()
 	for r.busy && len(r.ahead) == 0 {
 		r.done.Wait()
 	}
 	if len(r.ahead) > 0 {
 		n := copy(p, r.ahead)
+		r.all.Add(-int64(n))
 		if r.ahead = r.ahead[n:]; len(r.ahead) == 0 {
 			r.ahead = nil
 		}
@@ -84,30 +98,59 @@ func (r *aheadReader) readLocked(p []byte) (int, error) {
 // writing is called before a write, and the function that it returns after it.
 // Writes do not overlap.
 func (r *aheadReader) writing() (written func()) {
-	r.setStuck(true)
-	r.timer.Reset(stuckAfter)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.stuck = true
+	r.lookLaterLocked()
 	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.stuck = false
 		r.timer.Stop()
-		r.setStuck(false)
 	}
 }
 
-func (r *aheadReader) setStuck(v bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.stuck = v
+func (r *aheadReader) lookLaterLocked() {
+	if r.stuck && !r.ended && r.err == nil {
+		r.timer.Reset(stuckAfter)
+	}
 }
 
 // readAhead takes in what there is, within bounds, while the write waits.
 func (r *aheadReader) readAhead() {
 	limit := max(minAhead, receiveBuffer(r.conn)/8)
-	buf := make([]byte, 64<<10)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for r.stuck && !r.busy && r.err == nil && len(r.ahead)+len(buf) <= limit {
+	var buf []byte
+	for r.stuck && !r.busy && !r.ended && r.err == nil && len(r.ahead)+aheadBlock <= limit {
+		if r.all.Add(aheadBlock) > maxAhead {
+			r.all.Add(-aheadBlock)
+			return
+		}
+		if buf == nil {
+			buf = make([]byte, aheadBlock)
+		}
 		n, err := r.readLocked(buf)
+		r.all.Add(int64(n) - aheadBlock)
+		if r.ended {
+			r.all.Add(-int64(n))
+			return
+		}
 		r.ahead = append(r.ahead, buf[:n]...)
 		r.err = err
+	}
+}
+
+// end drops what is ahead. The connection is closed by then.
+func (r *aheadReader) end() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.ended = true
+	r.timer.Stop()
+	r.all.Add(-int64(len(r.ahead)))
+	r.ahead = nil
+	if r.err == nil {
+		r.err = net.ErrClosed
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"io"
 	"net"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -14,7 +15,7 @@ func TestAheadReader(t *testing.T) {
 	here, there := net.Pipe()
 	defer here.Close()
 	defer there.Close()
-	r := newAheadReader(here, here)
+	r := newAheadReader(here, here, new(atomic.Int64))
 	go func() {
 		written := r.writing()
 		here.Write([]byte("output")) // nobody reads it yet
@@ -56,7 +57,7 @@ func TestAheadReaderIdle(t *testing.T) {
 	here, there := net.Pipe()
 	defer here.Close()
 	defer there.Close()
-	r := newAheadReader(here, here)
+	r := newAheadReader(here, here, new(atomic.Int64))
 	go io.Copy(io.Discard, there)
 	written := r.writing()
 	if _, err := here.Write([]byte("x")); err != nil {
@@ -67,5 +68,66 @@ func TestAheadReaderIdle(t *testing.T) {
 	there.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
 	if _, err := there.Write([]byte("x")); err == nil {
 		t.Error("input was taken in")
+	}
+}
+
+// A reader that stops after the write has begun to wait is stood in for, too.
+func TestAheadReaderStopsLater(t *testing.T) {
+	here, there := net.Pipe()
+	defer here.Close()
+	defer there.Close()
+	var all atomic.Int64
+	r := newAheadReader(here, here, &all)
+	go func() {
+		defer r.writing()()
+		here.Write([]byte("output")) // nobody reads it yet
+	}()
+	read := make(chan error, 1)
+	go func() { _, err := r.Read(make([]byte, 8)); read <- err }()
+	time.Sleep(3 * stuckAfter) // that read waits when the write is looked at
+	for range 20 {
+		there.SetWriteDeadline(time.Now().Add(10 * time.Second))
+		if _, err := there.Write([]byte("12345678")); err != nil {
+			t.Fatal("nothing is read ahead: ", err)
+		}
+	}
+	if err := <-read; err != nil {
+		t.Error(err)
+	}
+	time.Sleep(50 * time.Millisecond)
+	if n := all.Load() % aheadBlock; n != 19*8 { // a further block is being read
+		t.Errorf("%d bytes are counted, want %d", n, 19*8)
+	}
+	here.Close()
+	time.Sleep(50 * time.Millisecond)
+	r.end()
+	if n := all.Load(); n != 0 {
+		t.Errorf("%d bytes are counted after the end", n)
+	}
+	if _, err := r.Read(make([]byte, 8)); err == nil {
+		t.Error("a read after the end has no error")
+	}
+}
+
+// All sessions together have a bound.
+func TestAheadReaderBound(t *testing.T) {
+	here, there := net.Pipe()
+	defer here.Close()
+	defer there.Close()
+	var all atomic.Int64
+	all.Store(maxAhead - aheadBlock)
+	r := newAheadReader(here, here, &all)
+	go func() {
+		defer r.writing()()
+		here.Write([]byte("output"))
+	}()
+	block := make([]byte, aheadBlock)
+	there.SetWriteDeadline(time.Now().Add(10 * time.Second))
+	if _, err := there.Write(block); err != nil {
+		t.Fatal("nothing is read ahead: ", err)
+	}
+	there.SetWriteDeadline(time.Now().Add(3 * stuckAfter))
+	if _, err := there.Write(block); err == nil {
+		t.Error("more is read ahead than all sessions may hold")
 	}
 }

@@ -33,9 +33,9 @@ func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if len(early) > 0 {
 		from = io.MultiReader(bytes.NewReader(bytes.Clone(early)), conn)
 	}
-	c := &sessionConn{Conn: conn, x: h.x, from: newAheadReader(conn, from)}
+	c := &sessionConn{Conn: conn, x: h.x, from: newAheadReader(conn, from, h.x.ahead)}
 	h.x.mu.Lock()
-	h.x.conn = conn
+	h.x.conn, h.x.from = conn, c.from
 	closed := h.x.closed
 	h.x.mu.Unlock()
 	if closed {

@@ -73,6 +73,7 @@ type streamServer struct {
 	mu       sync.Mutex
 	sessions map[*session]bool
 	all      sync.WaitGroup
+	ahead    atomic.Int64 // bytes that aheadReaders hold
 }
 
 func newStreamServer(s *Server, cfg StreamConfig) *streamServer {
@@ -189,7 +190,7 @@ func (t *streamServer) watch(stop <-chan struct{}) {
 // begin admits a session.
 func (t *streamServer) begin(r *http.Request) (*session, *http.Request, bool) {
 	ctx, cancel := context.WithCancel(r.Context())
-	x := &session{cancel: cancel}
+	x := &session{cancel: cancel, ahead: &t.ahead}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.sessions) >= maxSessions || t.base.Load() == nil {
@@ -203,6 +204,12 @@ func (t *streamServer) begin(r *http.Request) (*session, *http.Request, bool) {
 
 func (t *streamServer) end(x *session) {
 	x.close()
+	x.mu.Lock()
+	from := x.from
+	x.mu.Unlock()
+	if from != nil {
+		from.end()
+	}
 	t.mu.Lock()
 	delete(t.sessions, x)
 	t.mu.Unlock()
@@ -271,7 +278,9 @@ func (t *streamServer) run(w http.ResponseWriter, r *http.Request, x *session, r
 type session struct {
 	cancel context.CancelFunc
 	mu     sync.Mutex
-	conn   net.Conn // nil before it is taken over
+	conn   net.Conn     // nil before it is taken over
+	from   *aheadReader // that reads conn
+	ahead  *atomic.Int64
 	closed bool
 	last   atomic.Int64 // when something was sent either way, in Unix ns
 	shut   int          // how often in a row check found that the client has closed
