@@ -12,6 +12,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -160,16 +161,22 @@ func verbOf(args []string) string {
 	return ""
 }
 
-// lastLine returns the last line of text that is not empty, bounded.
+// lastLine returns the last line of text that is not empty, bounded. Of a line of
+// a log, as runc writes it, that is its message.
 func lastLine(text []byte) string {
 	text = bytes.TrimSpace(text)
 	if i := bytes.LastIndexByte(text, '\n'); i >= 0 {
 		text = text[i+1:]
 	}
-	if len(text) > 2048 {
-		text = text[:2048]
+	line := string(text)
+	if _, quoted, ok := strings.Cut(line, " level=error msg="); ok {
+		if prefix, err := strconv.QuotedPrefix(quoted); err == nil {
+			line, _ = strconv.Unquote(prefix)
+		} else {
+			line = quoted
+		}
 	}
-	return string(text)
+	return line[:min(len(line), 2048)]
 }
 
 // limitedBuffer keeps the first maxRuntimeText bytes and drops the rest.

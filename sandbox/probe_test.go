@@ -115,3 +115,19 @@ func TestCheckVersion(t *testing.T) {
 		}
 	}
 }
+
+func TestLastLine(t *testing.T) {
+	for in, want := range map[string]string{
+		"":                    "",
+		"one\ntwo\n\n":        "two",
+		"level=error msg=\"x": "level=error msg=\"x", // no such line
+		`time="2026-01-02T03:04:05Z" level=error msg="write \"99\": out of range"`:          `write "99": out of range`,
+		"a\n" + `time="2026-01-02T03:04:05Z" level=error msg="no such thing" more="fields"`: "no such thing",
+		`time="2026-01-02T03:04:05Z" level=error msg=plain`:                                 "plain",
+		strings.Repeat("x", 5000): strings.Repeat("x", 2048),
+	} {
+		if got := lastLine([]byte(in)); got != want {
+			t.Errorf("%q: %q, want %q", in, got, want)
+		}
+	}
+}
