@@ -260,10 +260,20 @@ func (s *Service) Info() map[string]string {
 	}
 	v := s.book.view()
 	text, err := json.Marshal(map[string]any{"runtimes": runtimes, "cgroupDriver": s.cfg.CgroupDriver, "cgroupV2": s.hier.V2(),
-		"pods": len(v.pods), "containers": len(v.containers), "operations": s.ops.list(), "lowestOOMScoreAdj": s.oomFloor,
+		"pods": len(v.pods), "containers": len(v.containers), "operations": opsInfo(s.ops.list()), "lowestOOMScoreAdj": s.oomFloor,
 		"quarantined": s.deps.Store.Quarantined()})
 	if err != nil {
 		return map[string]string{"sandbox": err.Error()}
 	}
 	return map[string]string{"sandbox": string(text)}
+}
+
+// opsInfo is the form of operations under way in Info.
+func opsInfo(list []Op) []map[string]string {
+	out := make([]map[string]string, 0, len(list))
+	for _, o := range list {
+		out = append(out, map[string]string{"verb": o.Verb, "object": o.Object, "step": o.Step,
+			"age": o.Age.Round(time.Millisecond).String(), "stepAge": o.StepAge.Round(time.Millisecond).String()})
+	}
+	return out
 }
