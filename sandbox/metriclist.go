@@ -154,6 +154,8 @@ var unifiedMetrics = []metric{
 var otherMetrics = []metric{
 	{"container_last_seen", "Last time a container was seen by the exporter.", gauge, nil,
 		func(sm *sample) []value { return []value{{n: uint64(sm.now.Unix())}} }},
+	{"container_creation_time_seconds", "Container creation time since unix epoch in seconds.", gauge, nil,
+		func(sm *sample) []value { return []value{{n: uint64(sm.created / int64(time.Second))}} }},
 	{"container_start_time_seconds", "Start time of the container since unix epoch in seconds.", gauge, nil,
 		func(sm *sample) []value { return []value{{n: uint64(sm.started / int64(time.Second))}} }},
 

@@ -22,7 +22,8 @@ import (
 type sample struct {
 	labels  []string // values of baseLabels
 	now     time.Time
-	started int64 // ns since 1970
+	created int64 // ns since 1970
+	started int64 // likewise
 
 	group   *cgroup.Details // nil if the cgroup is gone, or not the pod's own
 	v2      bool
@@ -122,7 +123,7 @@ func measure(table []metric, sm *sample) []*runtime.Metric {
 // samplePod looks at a pod as a whole.
 func (s *Service) samplePod(ctx context.Context, p *pod, own bool, nets []netDev, devices func(major, minor uint32) string) *sample {
 	m, group := p.config.GetMetadata(), s.podGroup(p)
-	sm := &sample{now: time.Now(), started: p.Created, v2: s.hier.V2(), nets: nets, devices: devices,
+	sm := &sample{now: time.Now(), created: p.Created, started: p.Created, v2: s.hier.V2(), nets: nets, devices: devices,
 		labels: []string{group.Path(), p.ID, "", "", m.GetNamespace(), m.GetName()}}
 	if own {
 		s.sampleGroup(ctx, p.ID, group, sm)
@@ -134,7 +135,7 @@ func (s *Service) samplePod(ctx context.Context, p *pod, own bool, nets []netDev
 // sampleContainer looks at a container.
 func (s *Service) sampleContainer(ctx context.Context, p *pod, c *container, disk *diskSpace, devices func(major, minor uint32) string) *sample {
 	m, group := p.config.GetMetadata(), s.groupOf(c)
-	sm := &sample{now: time.Now(), started: c.Started, v2: s.hier.V2(), disk: disk, devices: devices,
+	sm := &sample{now: time.Now(), created: c.Created, started: c.Started, v2: s.hier.V2(), disk: disk, devices: devices,
 		labels: []string{group.Path(), c.ID, c.ImageName, c.config.GetMetadata().GetName(), m.GetNamespace(), m.GetName()}}
 	s.sampleGroup(ctx, c.ID, group, sm)
 	if sm.group != nil {

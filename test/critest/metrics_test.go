@@ -98,6 +98,7 @@ func TestMetrics(t *testing.T) {
 	for name, want := range map[string][2]uint64{ // least and most
 		"container_last_seen":                                                      {1, 1 << 40},
 		"container_start_time_seconds":                                             {1, 1 << 40},
+		"container_creation_time_seconds":                                          {1, 1 << 40},
 		"container_cpu_usage_seconds_total{cpu=total}":                             {0, 1000},
 		"container_cpu_user_seconds_total":                                         {0, 1000},
 		"container_cpu_system_seconds_total":                                       {0, 1000},
