@@ -21,6 +21,9 @@ type Config struct {
 	MaxLayerBytes int64
 	// MaxLayerEntries bounds the archive entries of one layer: default 1048576.
 	MaxLayerEntries int64
+	// MaxArchiveBytes bounds an archive that is imported and has to be unpacked or
+	// copied to be read: default 256 GiB.
+	MaxArchiveBytes int64
 	// MaxConfigBytes bounds an image config: default and limit 8 MiB.
 	MaxConfigBytes int64
 
@@ -96,6 +99,7 @@ func (c Config) withDefaults() (Config, error) {
 	c.MaxConcurrentLayers = int(layers)
 	def(&c.MaxLayerBytes, 256<<30)
 	def(&c.MaxLayerEntries, 1<<20)
+	def(&c.MaxArchiveBytes, 256<<30)
 	def(&c.MaxConfigBytes, maxConfigBytes)
 	def(&c.MinRate, 1<<10)
 	retries := int64(c.Retries)
@@ -124,6 +128,7 @@ func (c Config) validate() error {
 		{"MaxConcurrentLayers", int64(c.MaxConcurrentLayers), 1, maxConcurrentLayers},
 		{"MaxLayerBytes", c.MaxLayerBytes, 1 << 10, 1 << 50},
 		{"MaxLayerEntries", c.MaxLayerEntries, 1, 1 << 30},
+		{"MaxArchiveBytes", c.MaxArchiveBytes, 1 << 10, 1 << 50},
 		{"MaxConfigBytes", c.MaxConfigBytes, 1 << 10, maxConfigBytes},
 		{"MinRate", c.MinRate, 1, 1 << 30},
 		{"Retries", int64(c.Retries), 1, 100},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"sync"
 	"time"
@@ -124,7 +125,10 @@ func (s *Service) tryLayer(ctx context.Context, pl *plan, i int, below <-chan st
 		}
 	}()
 	l := pl.layers[i]
-	r := s.newBlobReader(ctx, pl.src, l.Digest, l.Size, record)
+	r, err := s.openLayer(ctx, pl, l, record)
+	if err != nil {
+		return false, err
+	}
 	res, root, err := s.unpack(ctx, l, key, r, record)
 	if err != nil {
 		return errors.Is(err, ErrDigestMismatch) && r.distrust(), err
@@ -179,7 +183,7 @@ func (s *Service) undo(ctx context.Context, key string) {
 
 // unpack reads a layer from r, which it closes, into a new snapshot, as soon as there is a
 // slot.
-func (s *Service) unpack(ctx context.Context, l layerRow, key string, r *blobReader, record *layerRecord) (res layer.Result, root string, err error) {
+func (s *Service) unpack(ctx context.Context, l layerRow, key string, r layerBytes, record *layerRecord) (res layer.Result, root string, err error) {
 	defer r.Close()
 	select {
 	case s.slots <- struct{}{}:
@@ -247,4 +251,24 @@ func (s *Service) adopt(ctx context.Context, key, parent, root string, implied [
 	}
 	defer dir.Close()
 	return layer.AdoptDirs(below, dir, implied)
+}
+
+// layerBytes is where the bytes of a layer come from.
+type layerBytes interface {
+	io.ReadCloser
+	// distrust is told that they were not what the digest says. It tells if another try
+	// may bring others.
+	distrust() bool
+}
+
+// openLayer is the stream of a layer, from a registry or an archive.
+func (s *Service) openLayer(ctx context.Context, pl *plan, l layerRow, record *layerRecord) (layerBytes, error) {
+	if pl.local == nil {
+		return s.newBlobReader(ctx, pl.src, l.Digest, l.Size, record), nil
+	}
+	r, err := pl.local(digest.Digest(l.Digest))
+	if err != nil {
+		return nil, err
+	}
+	return &localBytes{r, record}, nil
 }

@@ -223,6 +223,11 @@ func (s *Service) pullFrom(ctx context.Context, p *pull, named reference.Named, 
 		return Image{}, err
 	}
 	defer plan.src.Close()
+	return s.complete(ctx, p, plan)
+}
+
+// complete makes the layers of a plan and then the image visible.
+func (s *Service) complete(ctx context.Context, p *pull, plan *plan) (Image, error) {
 	release, err := s.chains.hold(ctx, plan.chainIDs())
 	if err != nil {
 		return Image{}, err
@@ -279,6 +284,7 @@ func (s *Service) makeVisible(ctx context.Context, plan *plan) (Image, error) {
 				r.Pulled = old.Pulled
 			}
 		}
+		r.Pinned = r.Pinned || plan.pin
 		r.Tags, r.Digests = union(r.Tags, tags), union(r.Digests, digests)
 		return r
 	}, plan.blobs())

@@ -37,6 +37,11 @@ type plan struct {
 	config      []byte
 	parsed      configFile
 	layers      []layerRow
+
+	// Of an import, instead of named and src:
+	local         func(digest.Digest) (io.ReadCloser, error) // opens a layer's bytes
+	tags, digests []string
+	pin           bool
 }
 
 // resolve asks for manifest and config and checks them. On success the plan's source is
@@ -232,9 +237,14 @@ func (s *Service) readConfig(ctx context.Context, pl *plan, info types.BlobInfo)
 	if err != nil {
 		return fmt.Errorf("config %s: %w", info.Digest, err)
 	}
-	pl.id, pl.config = info.Digest.String(), b
+	return s.setConfig(pl, info.Digest, b)
+}
+
+// setConfig takes what the plan needs from a verified config, whose digest is the image's ID.
+func (s *Service) setConfig(pl *plan, id digest.Digest, b []byte) error {
+	pl.id, pl.config = id.String(), b
 	if err := json.Unmarshal(b, &pl.parsed); err != nil {
-		return fmt.Errorf("config %s: %w: %w", info.Digest, ErrInvalidImage, err)
+		return fmt.Errorf("config %s: %w: %w", id, ErrInvalidImage, err)
 	}
 	if os := pl.parsed.OS; os != "" && os != s.cfg.OS {
 		return fmt.Errorf("image for %.50s/%.50s, this node is %s: %w", os, pl.parsed.Architecture, s.platform(), ErrUnsupported)
@@ -321,6 +331,9 @@ func (pl *plan) chainIDs() []string {
 // names are those that this pull gives to the image: a tag only if one was asked for, and
 // the digest of what the registry holds under the name.
 func (pl *plan) names() (tags, digests []string) {
+	if pl.named == nil {
+		return pl.tags, pl.digests
+	}
 	if t, ok := pl.named.(reference.Tagged); ok {
 		tags = []string{pl.named.Name() + ":" + t.Tag()}
 	}

@@ -36,6 +36,11 @@ func init() {
 		{name: "image rm", args: "IMAGE...", least: 1, most: -1, short: "remove images with all their names", setup: imageRemove,
 			long:     "The layers of an image that containers use stay until those are gone.",
 			examples: []string{"berth image rm registry.example/app:1.1", "berth image rm --force sha256:0a1b2c3d4e5f"}},
+		{name: "image import", args: "FILE|DIRECTORY|-...", least: 1, most: -1, short: "take images from archives", setup: imageImport,
+			long: "An archive is an OCI image layout or what \"docker save\" writes: a tar file, plain or compressed with gzip or zstd, or a directory; \"-\" reads one from standard input. " +
+				"It may hold several images. Layers that are on the node already are not read again.",
+			examples: []string{"berth image import app.tar", "berth image import --pin base.tar.zst ./layout",
+				"docker save app:1 | berth image import -", "berth image import --name registry.example/app ./layout"}},
 		{name: "image pin", args: "IMAGE...", least: 1, most: -1, short: "keep images from being removed by the kubelet", setup: imagePin(true),
 			long:     "A pin belongs to the image, not to its name, and survives restarts. To pin by name, use pinned_images in the configuration.",
 			examples: []string{"berth image pin registry.example/base:1"}},

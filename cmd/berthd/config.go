@@ -48,6 +48,8 @@ type config struct {
 	UnqualifiedRegistry                              string
 	InsecureRegistries                               []string
 	PinnedImages                                     []string
+	PreloadDir                                       string
+	PreloadPin                                       bool
 	MaxConcurrentLayers, MaxLayerBytes               int64
 	PullTimeout, PullStallTimeout, PullOrphanTimeout time.Duration
 	PullMinRate, PullRetries                         int64
@@ -153,6 +155,10 @@ func (c *config) fields() []*field {
 			"Registries (host or host:port) that may use plain HTTP or any certificate. Registries on loopback addresses may without being listed."),
 		list(&c.PinnedImages, "pinned_images", nil, checkPattern,
 			`Images that the kubelet is told not to remove: references, or patterns such as "registry.example/base:*".`).live(),
+		path(&c.PreloadDir, "preload_dir", "",
+			`Directory whose image archives (OCI layout or "docker save"; tar, tar.gz, tar.zst or directory) are imported at the start and when it changes. "" means preload in state_dir.`).optional(),
+		boolean(&c.PreloadPin, "preload_pin", true,
+			"Pin what is imported from preload_dir, so that the kubelet does not remove it."),
 		integer(&c.MaxConcurrentLayers, "max_concurrent_layers", 6, 1, 64,
 			"How many image layers are downloaded and unpacked at once, over all pulls."),
 		size(&c.MaxLayerBytes, "max_layer_bytes", 256<<30, 1<<20, 1<<50,
@@ -215,6 +221,9 @@ func (c *config) finish() error {
 	}
 	if err := c.checkStreams(); err != nil {
 		return err
+	}
+	if c.PreloadDir == "" {
+		c.PreloadDir = filepath.Join(c.StateDir, "preload")
 	}
 	if c.Socket == "" {
 		c.Socket = filepath.Join(c.RunDir, "berth.sock")

@@ -9,6 +9,7 @@ import (
 	"github.com/berthd/berth/cni/netns"
 	"github.com/berthd/berth/cri"
 	"github.com/berthd/berth/imageservice"
+	"github.com/berthd/berth/imageservice/preload"
 	"github.com/berthd/berth/sandbox"
 	"github.com/berthd/berth/snapshotter/overlay"
 	"github.com/berthd/berth/store"
@@ -80,6 +81,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer stopAdmin()
+	defer background(ctx, "preload", preload.New(c.PreloadDir, c.PreloadPin, book, images).Run)()
 	d.onReload("log", d.setLogLevel)
 	d.onReload("network", func(*config) error { network.Reload(); return nil })
 	d.onReload("images", func(c *config) error { return errors.Join(images.SetPinned(c.PinnedImages), images.Reload()) })

@@ -17,8 +17,10 @@ package admin
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
+	"os"
 	"sync"
 	"time"
 
@@ -42,10 +44,17 @@ type Puller interface {
 	Pulls() []imageservice.PullProgress
 }
 
+// Importer takes images from archives.
+type Importer interface {
+	Import(ctx context.Context, f *os.File, o imageservice.ImportOptions) ([]imageservice.Image, error)
+	ImportStream(ctx context.Context, r io.Reader, o imageservice.ImportOptions) ([]imageservice.Image, error)
+}
+
 // Deps is what the server asks. All are required.
 type Deps struct {
-	Images Images
-	Puller Puller
+	Images   Images
+	Puller   Puller
+	Importer Importer
 	// Config returns the configuration in force: its values by key, and as a file.
 	Config func() (values map[string]any, toml string)
 	// Version is berth's own.
@@ -72,7 +81,7 @@ type Server struct {
 
 // New returns a server; Serve makes it reachable.
 func New(deps Deps) (*Server, error) {
-	if deps.Images == nil || deps.Puller == nil || deps.Config == nil {
+	if deps.Images == nil || deps.Puller == nil || deps.Importer == nil || deps.Config == nil {
 		return nil, errors.New("admin server: a service behind it is missing")
 	}
 	s := &Server{deps: deps, mux: http.NewServeMux(), work: make(chan struct{}, maxWork)}
@@ -88,7 +97,12 @@ func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
 	hs := &http.Server{
 		Handler: s, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
 		BaseContext: func(net.Listener) context.Context { return ctx },
-		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, peerKey{}, c) },
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			if c, ok := c.(*counted); ok {
+				ctx = context.WithValue(ctx, peerKey{}, c.pid)
+			}
+			return ctx
+		},
 	}
 	defer context.AfterFunc(ctx, func() { _ = hs.Close() })()
 	err := hs.Serve(&rootOnly{UnixListener: l, ctx: ctx, slots: make(chan struct{}, maxRequests)})
@@ -98,6 +112,7 @@ func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
 	return err
 }
 
+// peerKey is the key of a request's context under which the client's process ID is.
 type peerKey struct{}
 
 // rootOnly accepts root's connections, and as many at a time as there are slots.

@@ -24,6 +24,7 @@ func (s *Server) routes() {
 	post(s, api.PathRemove, s.remove)
 	post(s, api.PathPin, s.pin)
 	long(s, api.PathPull, s.pull)
+	s.mux.HandleFunc("POST "+api.PathImport, s.importImages)
 }
 
 func (s *Server) images(r *http.Request) (any, error) {

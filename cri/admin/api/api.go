@@ -29,6 +29,9 @@ const (
 	PathPin     = "/v1/images/pin"    // POST PinRequest: Image
 	PathPull    = "/v1/images/pull"   // POST PullRequest: records
 	PathPulls   = "/v1/pulls"         // GET: []Pull
+	// POST with ?path=, an absolute path as the client's process sees it, or without it
+	// and the archive as the body; ?name=, ?pin=1: records.
+	PathImport = "/v1/images/import"
 )
 
 // Limits of what is sent, in bytes.
