@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -86,7 +87,8 @@ func imagePull(a *app, fs *flag.FlagSet) func(context.Context, []string) error {
 	}
 }
 
-func imagePulls(a *app, _ *flag.FlagSet) func(context.Context, []string) error {
+func imagePulls(a *app, fs *flag.FlagSet) func(context.Context, []string) error {
+	layers := fs.Bool("layers", false, "show each layer")
 	return func(ctx context.Context, _ []string) error {
 		c, err := a.client()
 		if err != nil {
@@ -99,9 +101,26 @@ func imagePulls(a *app, _ *flag.FlagSet) func(context.Context, []string) error {
 		if a.json {
 			return a.printJSON(pulls)
 		}
-		t := a.table("IMAGE", "STAGE", "FOR", "IN ALL")
+		t := a.table("IMAGE", "STAGE", "IN ALL", "DONE", "RATE", "LIMIT", "FROM")
 		for _, p := range pulls {
-			t.row(p.Ref, p.Stage, showAge(p.Age-p.StageAt.Sub(p.Began)), showAge(p.Age))
+			var hosts []string
+			for _, l := range p.Layers {
+				if l.Endpoint != "" && !slices.Contains(hosts, l.Endpoint) {
+					hosts = append(hosts, l.Endpoint)
+				}
+			}
+			t.row(p.Reference, p.Stage, showAge(time.Since(p.Began)), showBytes(p.DoneBytes)+" of "+showBytes(p.TotalBytes),
+				showBytes(p.Rate)+"/s", p.Limit, strings.Join(hosts, " "))
+			if p.Problem != "" {
+				t.row("  problem: " + p.Problem)
+			}
+			if !*layers {
+				continue
+			}
+			for _, l := range p.Layers {
+				t.row("  "+l.Digest, l.State, "", showBytes(l.DoneBytes)+" of "+showBytes(l.TotalBytes), showBytes(l.Rate)+"/s",
+					fmt.Sprintf("net %s cpu %s disk %s", showAge(l.Network), showAge(l.CPU), showAge(l.Disk)), l.Endpoint)
+			}
 		}
 		return t.flush()
 	}

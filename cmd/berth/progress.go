@@ -66,6 +66,9 @@ func line(rec api.Record) string {
 	case rec.Bytes > 0:
 		s += ", " + showBytes(rec.Bytes)
 	}
+	if rec.Rate > 0 {
+		s += ", " + showBytes(rec.Rate) + "/s"
+	}
 	return s
 }
 

@@ -42,6 +42,7 @@ type Images interface {
 type Puller interface {
 	Pull(ctx context.Context, ref string, auth *imageservice.Auth) (imageservice.Image, error)
 	Pulls() []imageservice.PullProgress
+	Explain(ctx context.Context, ref string, probe bool) (imageservice.Plan, error)
 }
 
 // Importer takes images from archives.

@@ -72,13 +72,45 @@ func (s *shelf) Pull(ctx context.Context, ref string, _ *imageservice.Auth) (ima
 }
 
 func (s *shelf) Pulls() []imageservice.PullProgress {
-	return []imageservice.PullProgress{{Reference: "slow", Stage: "layers 1/2", Began: time.Now()}}
+	return []imageservice.PullProgress{{Reference: "slow", Stage: "layers 1/2", Began: time.Now(), Layers: []imageservice.LayerProgress{{Endpoint: "h"}}}}
+}
+
+func (s *shelf) Explain(_ context.Context, ref string, probe bool) (imageservice.Plan, error) {
+	p := imageservice.Plan{Reference: ref, Candidates: []imageservice.Candidate{{Ignored: "i", Error: "e", Endpoints: []imageservice.PlanEndpoint{{
+		Username: "u", CAFiles: []string{"ca"}, ClientFiles: []imageservice.ClientPair{{Certificate: "c", Key: "k"}}, Headers: []string{"h"}, Proxy: "p"}}}}}
+	if probe {
+		p.Candidates[0].Endpoints[0].Probe = &imageservice.ProbeResult{OK: true, Took: 1, Scheme: "https", Auth: "basic", Digest: "d", MediaType: "m", Error: "e"}
+	}
+	return p, nil
+}
+
+func (s *shelf) Import(ctx context.Context, f *os.File, o imageservice.ImportOptions) ([]imageservice.Image, error) {
+	return s.ImportStream(ctx, f, o)
+}
+
+// ImportStream takes "good" for an image, and "half" for one that fails beside one that does not.
+func (s *shelf) ImportStream(_ context.Context, r io.Reader, o imageservice.ImportOptions) ([]imageservice.Image, error) {
+	b, err := io.ReadAll(r)
+	if err != nil {
+		return nil, err
+	}
+	img := imageservice.Image{ID: "sha256:i", RepoTags: []string{o.Name}, Pinned: o.Pin}
+	o.Report(imageservice.ImportReport{Name: "n", Stage: "layers", Bytes: int64(len(b)), Total: 10})
+	if string(b) != "good" && string(b) != "half" {
+		return nil, fmt.Errorf("%w: %s", imageservice.ErrInvalidImage, b)
+	}
+	o.Report(imageservice.ImportReport{Name: "n", Image: &img, Present: o.Pin})
+	if string(b) == "half" {
+		err = fmt.Errorf("second: %w", imageservice.ErrDigestMismatch)
+		o.Report(imageservice.ImportReport{Name: "second", Err: err})
+	}
+	return []imageservice.Image{img}, err
 }
 
 // serve starts a server on a socket and returns a client of it.
 func serve(t *testing.T, s *shelf) (*http.Client, string) {
 	t.Helper()
-	srv, err := New(Deps{Images: s, Puller: s, Version: "1.2.3",
+	srv, err := New(Deps{Images: s, Puller: s, Importer: s, Version: "1.2.3",
 		Config: func() (map[string]any, string) { return map[string]any{"k": 1}, "k = 1\n" }})
 	if err != nil {
 		t.Fatal(err)
@@ -175,14 +207,7 @@ func TestPullTells(t *testing.T) {
 	}
 	c, _ := serve(t, s)
 	_, body := call(t, c, "POST", api.PathPull, `{"ref":"slow"}`)
-	var recs []api.Record
-	for lines := bufio.NewScanner(strings.NewReader(body)); lines.Scan(); {
-		var r api.Record
-		if err := json.Unmarshal(lines.Bytes(), &r); err != nil {
-			t.Fatal(err)
-		}
-		recs = append(recs, r)
-	}
+	recs := records(t, body)
 	n := len(recs)
 	if n < 3 || recs[0].Stage != "layers 1/2" || recs[n-2].Image == nil || recs[n-2].Image.ID != "sha256:s" || !recs[n-1].Done || recs[n-1].Error != nil {
 		t.Errorf("records %+v", recs)
@@ -190,6 +215,88 @@ func TestPullTells(t *testing.T) {
 	_, body = call(t, c, "POST", api.PathPull, `{"ref":"denied"}`)
 	if !strings.Contains(body, `"done":true`) || !strings.Contains(body, `"code":"unauthorized"`) {
 		t.Errorf("a pull that was denied: %s", body)
+	}
+}
+
+// records decodes the lines of an answer.
+func records(t *testing.T, body string) (recs []api.Record) {
+	t.Helper()
+	for lines := bufio.NewScanner(strings.NewReader(body)); lines.Scan(); {
+		var r api.Record
+		if err := json.Unmarshal(lines.Bytes(), &r); err != nil {
+			t.Fatalf("%v: %s", err, lines.Text())
+		}
+		recs = append(recs, r)
+	}
+	return recs
+}
+
+func TestImport(t *testing.T) {
+	needRoot(t)
+	c, _ := serve(t, &shelf{})
+	file := filepath.Join(t.TempDir(), "archive")
+	if err := os.WriteFile(file, []byte("good"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, q := range []struct {
+		query, body string
+		image       bool
+		code        api.Code // of the last record
+		text        string
+	}{
+		{"?name=x&pin=1", "good", true, "", ""},
+		{"?path=" + file, "", true, "", ""},
+		{"", "half", true, api.CodeDamaged, "1 of the images not imported"},
+		{"", "rubbish", false, api.CodeDamaged, "rubbish"},
+	} {
+		status, body := call(t, c, "POST", api.PathImport+q.query, q.body)
+		recs := records(t, body)
+		last := recs[len(recs)-1]
+		image := false
+		for _, r := range recs {
+			image = image || r.Image != nil
+		}
+		if status != 200 || image != q.image || !last.Done || (last.Error == nil) != (q.code == "") || last.Error != nil && (last.Error.Code != q.code || !strings.Contains(last.Error.Text, q.text)) {
+			t.Errorf("%s %q: %d %s", q.query, q.body, status, body)
+		}
+	}
+	_, body := call(t, c, "POST", api.PathImport+"?name=x&pin=1", "good")
+	if recs := records(t, body); len(recs) != 3 || recs[0].Bytes != 4 || recs[1].Note != "present" || !recs[1].Image.Pinned || recs[1].Image.Tags[0] != "x" {
+		t.Errorf("records %s", body)
+	}
+	for path, text := range map[string]string{"relative": "not absolute", "/no/such/file": "no such file", fifo: "neither file nor directory", "/dev/null": "neither"} {
+		if status, body := call(t, c, "POST", api.PathImport+"?path="+path, ""); status != 400 || !strings.Contains(body, text) {
+			t.Errorf("%s: %d %s", path, status, body)
+		}
+	}
+}
+
+// TestSameLanguage: what is sent as the image service has it is what package api says.
+func TestSameLanguage(t *testing.T) {
+	needRoot(t)
+	c, _ := serve(t, &shelf{})
+	decode := func(path string, v any) {
+		t.Helper()
+		_, body := call(t, c, "GET", path, "")
+		dec := json.NewDecoder(strings.NewReader(body))
+		dec.DisallowUnknownFields()
+		if err := dec.Decode(v); err != nil {
+			t.Errorf("%s: %v: %s", path, err, body)
+		}
+	}
+	var plan api.Plan
+	decode(api.PathExplain+"?ref=x&probe=1", &plan)
+	if plan.Reference != "x" || plan.Candidates[0].Endpoints[0].Probe.Digest != "d" || plan.Candidates[0].Endpoints[0].ClientFiles[0].Key != "k" {
+		t.Errorf("plan %+v", plan)
+	}
+	var pulls []api.Pull
+	decode(api.PathPulls, &pulls)
+	if pulls[0].Stage != "layers 1/2" || pulls[0].Layers[0].Endpoint != "h" {
+		t.Errorf("pulls %+v", pulls)
 	}
 }
 

@@ -20,7 +20,9 @@ func (s *Server) routes() {
 		return api.Config{Values: values, TOML: toml}, nil
 	})
 	s.get(api.PathImages, s.images)
-	s.get(api.PathPulls, s.pulls)
+	// What the image service tells is sent as it is: its JSON is that of package api.
+	s.get(api.PathPulls, func(*http.Request) (any, error) { return s.deps.Puller.Pulls(), nil })
+	s.get(api.PathExplain, s.explain)
 	post(s, api.PathRemove, s.remove)
 	post(s, api.PathPin, s.pin)
 	long(s, api.PathPull, s.pull)
@@ -43,13 +45,11 @@ func (s *Server) images(r *http.Request) (any, error) {
 	return out, nil
 }
 
-func (s *Server) pulls(*http.Request) (any, error) {
-	running := s.deps.Puller.Pulls()
-	out := make([]api.Pull, len(running))
-	for i, p := range running {
-		out[i] = api.Pull{Ref: p.Reference, Stage: p.Stage, Began: p.Began, StageAt: p.StageAt, Age: time.Since(p.Began)}
-	}
-	return out, nil
+func (s *Server) explain(r *http.Request) (any, error) {
+	q := r.URL.Query()
+	ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
+	defer cancel()
+	return s.deps.Puller.Explain(ctx, q.Get("ref"), q.Get("probe") == "1")
 }
 
 func (s *Server) remove(ctx context.Context, q *api.RemoveRequest) (any, error) {
@@ -96,7 +96,7 @@ func (s *Server) pull(ctx context.Context, q *api.PullRequest, tell func(api.Rec
 		case <-tick.C:
 			for _, p := range s.deps.Puller.Pulls() {
 				if p.Reference == q.Ref {
-					tell(api.Record{Ref: q.Ref, Stage: p.Stage})
+					tell(api.Record{Ref: q.Ref, Stage: p.Stage, Bytes: p.DoneBytes, Total: p.TotalBytes, Rate: p.Rate})
 				}
 			}
 		case r := <-done:

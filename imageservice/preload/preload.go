@@ -112,6 +112,10 @@ func (d *Dir) Run(ctx context.Context) error {
 		defer watcher.Close()
 		events = watcher.Events
 	}
+	// Below a directory that is there, so that it can be watched from the start.
+	if err := os.Mkdir(d.path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		log.V(2).Info("No directory for preloaded images", "reason", err.Error())
+	}
 	for {
 		if watcher != nil {
 			_ = watcher.Add(d.path) // again each time: it may have been made since

@@ -4,12 +4,18 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/berthd/berth/test/images"
 	"github.com/berthd/berth/test/node"
+	"github.com/berthd/berth/test/registry"
 )
 
 // berthTool runs the administrator's tool on a node and returns what it wrote and its
@@ -68,6 +74,84 @@ func TestBerthImages(t *testing.T) {
 	}
 	if _, errOut, code := b.berthTool(b.node, "image", "pull", b.ref("t/no-such")); code != 4 {
 		t.Errorf("pull of what is not there: exit %d, %q", code, errOut)
+	}
+}
+
+// archive writes files as a tar archive into the node's directory under a name.
+func (b *box) archive(path string, files map[string][]byte, err error) string {
+	b.Helper()
+	b.must(err)
+	f, err := os.Create(path)
+	b.must(err)
+	b.must(errors.Join(registry.Tar(f, files), f.Close()))
+	return path
+}
+
+func TestBerthImport(t *testing.T) {
+	b := open(t)
+	b.ours()
+	img := b.images[images.Busybox]
+	other, err := img.WithConfig(registry.Config{Cmd: []string{"sh", "-c", "exit 7"}})
+	b.must(err)
+	name := "import.example/sh:1"
+	b.Cleanup(func() { b.dropImage(other.ConfigID) })
+	files, err := registry.Layout(registry.Named{Image: other, Names: []string{name}})
+	path := b.archive(filepath.Join(t.TempDir(), "a.tar"), files, err)
+	if out := b.berth("image", "import", path); !strings.Contains(out, "imported "+other.ConfigID) || !strings.Contains(out, name) {
+		t.Errorf("import prints %q", out)
+	}
+	if out := b.berth("image", "import", "--json", path); !strings.Contains(out, `"note":"present"`) {
+		t.Errorf("the second import prints %q", out)
+	}
+	c := b.pod().run(nil, func(c *runtime.ContainerConfig) { c.Image = spec(name) })
+	if st := c.wait(); st.ExitCode != 7 {
+		t.Errorf("a container of the imported image: %v, want exit code 7", st)
+	}
+	out, errOut, code := b.berthTool(b.node, "image", "import", filepath.Join(t.TempDir(), "none.tar"))
+	if code != 1 || !strings.Contains(errOut, "no such file") {
+		t.Errorf("import of nothing: exit %d, %q %q", code, out, errOut)
+	}
+	files["blobs/"+strings.Replace(other.Digest, ":", "/", 1)] = []byte("{}")
+	bad := b.archive(filepath.Join(t.TempDir(), "b.tar"), files, nil)
+	if _, errOut, code := b.berthTool(b.node, "image", "import", bad); code != 1 || !strings.Contains(errOut, other.Digest) {
+		t.Errorf("import of a broken archive: exit %d, %q", code, errOut)
+	}
+}
+
+func TestBerthPreload(t *testing.T) {
+	b := open(t)
+	b.ours()
+	img, err := registry.Build(registry.Spec{Config: registry.Config{Cmd: []string{"preloaded"}}})
+	b.must(err)
+	b.Cleanup(func() { b.dropImage(img.ConfigID) })
+	files, err := registry.DockerSave(registry.Named{Image: img, Names: []string{"preload.example/p:1"}})
+	path := b.archive(filepath.Join(b.node.StateDir, "preload", "p.tar"), files, err)
+	b.Cleanup(func() { os.Remove(path) })
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		if got := b.imageStatus("preload.example/p:1"); got != nil {
+			if got.Id != img.ConfigID || !got.Pinned {
+				t.Errorf("preloaded: %v", got)
+			}
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatal("not imported")
+		}
+	}
+}
+
+func TestBerthExplain(t *testing.T) {
+	b := open(t)
+	b.ours()
+	ref := b.ref(images.Busybox)
+	out := b.berth("registry", "explain", "--probe", ref)
+	for _, want := range []string{ref, "asked for tags and content", "answered in", b.images[images.Busybox].Digest} {
+		if !strings.Contains(out, want) {
+			t.Errorf("explain prints %q, want %q", out, want)
+		}
+	}
+	if _, errOut, code := b.berthTool(b.node, "registry", "explain", "Not A Reference"); code != 1 || !strings.Contains(errOut, "invalid image reference") {
+		t.Errorf("explain of no reference: exit %d, %q", code, errOut)
 	}
 }
 

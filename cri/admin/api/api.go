@@ -29,6 +29,7 @@ const (
 	PathPin     = "/v1/images/pin"    // POST PinRequest: Image
 	PathPull    = "/v1/images/pull"   // POST PullRequest: records
 	PathPulls   = "/v1/pulls"         // GET: []Pull
+	PathExplain = "/v1/explain"       // GET ?ref=, and ?probe=1 to ask the registries: Plan
 	// POST with ?path=, an absolute path as the client's process sees it, or without it
 	// and the archive as the body; ?name=, ?pin=1: records.
 	PathImport = "/v1/images/import"
@@ -115,13 +116,89 @@ type PullRequest struct {
 	Pin      bool   `json:"pin,omitempty"`
 }
 
-// Pull is a pull, or an import, that is running.
+// Pull is a pull, or an import, that is running. Durations are in nanoseconds.
 type Pull struct {
-	Ref     string        `json:"ref"`
-	Stage   string        `json:"stage"`
-	Began   time.Time     `json:"began"`
-	StageAt time.Time     `json:"stageAt"`
-	Age     time.Duration `json:"age"` // nanoseconds since Began, by berthd's clock
+	Reference  string    `json:"reference"` // as the first caller wrote it
+	Image      string    `json:"image"`     // the full name that is being tried
+	Stage      string    `json:"stage"`     // such as "layers 3/8"
+	Began      time.Time `json:"began"`
+	StageAt    time.Time `json:"stageAt"`
+	Waiters    int       `json:"waiters"`    // callers; 0 while nobody waits any more
+	TotalBytes int64     `json:"totalBytes"` // of the layers that were not there, compressed; 0 if not known yet
+	DoneBytes  int64     `json:"doneBytes"`
+	Rate       int64     `json:"rate"`  // bytes per second, over the last seconds
+	Limit      string    `json:"limit"` // what most of the time goes into: "network", "cpu", "disk"
+	Layers     []Layer   `json:"layers"`
+	Problem    string    `json:"problem"` // the last trouble that the pull got over
+}
+
+// Layer is one layer of a running pull.
+type Layer struct {
+	Digest     string        `json:"digest"`
+	State      string        `json:"state"` // "waiting", "pulling", "committing", "done", "present"
+	TotalBytes int64         `json:"totalBytes"`
+	DoneBytes  int64         `json:"doneBytes"`
+	Rate       int64         `json:"rate"`
+	Endpoint   string        `json:"endpoint"` // host that sends it
+	Retries    int           `json:"retries"`
+	Shared     bool          `json:"shared"` // another pull makes it
+	Network    time.Duration `json:"network"`
+	CPU        time.Duration `json:"cpu"`
+	Disk       time.Duration `json:"disk"`
+	Problem    string        `json:"problem"`
+}
+
+// Plan is what a pull would try, in order.
+type Plan struct {
+	Reference  string      `json:"reference"`
+	Candidates []Candidate `json:"candidates"`
+	Registries string      `json:"registries"` // files of registries.conf
+	Hosts      string      `json:"hosts"`      // directory of hosts.toml files
+	Policy     string      `json:"policy"`     // signature policy; "" for none
+}
+
+// Candidate is a full name that a reference may mean.
+type Candidate struct {
+	Image     string     `json:"image"`
+	Reason    string     `json:"reason"`
+	Source    string     `json:"source"`
+	Ignored   string     `json:"ignored,omitempty"`
+	Error     string     `json:"error,omitempty"`
+	Endpoints []Endpoint `json:"endpoints"`
+}
+
+// Endpoint is one place that would be asked.
+type Endpoint struct {
+	URL         string       `json:"url"`
+	Repository  string       `json:"repository"`
+	Mirror      bool         `json:"mirror"`
+	Resolve     bool         `json:"resolve"` // asked what a tag means
+	Pull        bool         `json:"pull"`    // asked for content
+	Credentials string       `json:"credentials"`
+	Username    string       `json:"username,omitempty"`
+	CAFiles     []string     `json:"caFiles,omitempty"`
+	ClientFiles []ClientPair `json:"clientFiles,omitempty"`
+	SkipVerify  bool         `json:"skipVerify"`
+	Headers     []string     `json:"headers,omitempty"`
+	Proxy       string       `json:"proxy,omitempty"`
+	Probe       *Probe       `json:"probe,omitempty"`
+}
+
+// ClientPair names the files of a client certificate.
+type ClientPair struct {
+	Certificate string `json:"certificate"`
+	Key         string `json:"key"`
+}
+
+// Probe is what an endpoint answered.
+type Probe struct {
+	OK        bool          `json:"ok"`
+	Took      time.Duration `json:"took"`
+	Scheme    string        `json:"scheme,omitempty"`
+	Auth      string        `json:"auth,omitempty"`
+	Digest    string        `json:"digest,omitempty"`
+	MediaType string        `json:"mediaType,omitempty"`
+	Error     string        `json:"error,omitempty"`
 }
 
 // Record is one line of the answer to long work.
@@ -133,6 +210,7 @@ type Record struct {
 	// Bytes of Total are done; a Total of 0 is not known.
 	Bytes int64 `json:"bytes,omitempty"`
 	Total int64 `json:"total,omitempty"`
+	Rate  int64 `json:"rate,omitempty"` // bytes per second
 	// Note says what became of the image: "imported", "present".
 	Note string `json:"note,omitempty"`
 	// Image is one that is complete now.
