@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"os"
 	"path/filepath"
 	"time"
@@ -134,9 +133,12 @@ func (s *Service) UpdateResources(ctx context.Context, req *runtime.UpdateContai
 }
 
 func (s *Service) updateResources(ctx context.Context, o *op, id string, update *runtime.LinuxContainerResources) error {
-	mu := &s.updates[maphash.String(s.book.seed, id)%uint64(len(s.updates))]
-	mu.Lock()
-	defer mu.Unlock()
+	o.enter("turn")
+	done, err := s.updates.take(ctx, id)
+	if err != nil {
+		return fmt.Errorf("container %s: another update goes on: %w", id, err)
+	}
+	defer done()
 	c, err := s.book.view().container(id)
 	if err != nil {
 		return err

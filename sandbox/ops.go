@@ -210,6 +210,42 @@ func (p *op) one(ctx context.Context, s step) error {
 	return nil
 }
 
+// turns lets those who work on one object go one after the other. Its zero value is
+// ready for use.
+type turns struct {
+	mu   sync.Mutex
+	busy map[string]chan struct{} // by object; closed at the end of the turn
+}
+
+// take waits for a turn at an object, in no particular order, until ctx ends. The
+// turn ends when done is called.
+func (t *turns) take(ctx context.Context, object string) (done func(), err error) {
+	for {
+		t.mu.Lock()
+		other := t.busy[object]
+		if other == nil {
+			mine := make(chan struct{})
+			if t.busy == nil {
+				t.busy = map[string]chan struct{}{}
+			}
+			t.busy[object] = mine
+			t.mu.Unlock()
+			return func() {
+				t.mu.Lock()
+				delete(t.busy, object)
+				t.mu.Unlock()
+				close(mine)
+			}, nil
+		}
+		t.mu.Unlock()
+		select {
+		case <-other:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
 // parallel runs fn for each item at the same time, at most limit at once, and
 // joins the errors.
 func parallel[T any](items []T, limit int, fn func(T) error) error {

@@ -162,3 +162,45 @@ func TestOpsInfo(t *testing.T) {
 		t.Error("no operations are null, want an empty list")
 	}
 }
+
+func TestTurns(t *testing.T) {
+	var turn turns
+	var inside, most, count atomic.Int32
+	var wg sync.WaitGroup
+	for range 20 {
+		wg.Go(func() {
+			done, err := turn.take(t.Context(), "a")
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			most.Store(max(most.Load(), inside.Add(1)))
+			time.Sleep(time.Millisecond)
+			inside.Add(-1)
+			count.Add(1)
+			done()
+		})
+	}
+	wg.Wait()
+	if most.Load() != 1 || count.Load() != 20 {
+		t.Errorf("%d at once, %d in all; want 1 and 20", most.Load(), count.Load())
+	}
+	done, err := turn.take(t.Context(), "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := turn.take(t.Context(), "b") // is not in its way
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if _, err := turn.take(ctx, "a"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a turn that does not come: got %v, want the deadline", err)
+	}
+	done()
+	other()
+	if len(turn.busy) != 0 {
+		t.Errorf("left over: %v", turn.busy)
+	}
+}

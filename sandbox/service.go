@@ -41,9 +41,9 @@ type Service struct {
 	bg     sync.WaitGroup
 	wake   chan struct{} // the janitor has something to do
 
-	undo    sync.Map       // IDs of half made objects whose undo failed
-	resweep atomic.Bool    // a shim was killed in the middle of its work
-	updates [64]sync.Mutex // by ID: updates of one container take turns
+	undo    sync.Map    // IDs of half made objects whose undo failed
+	resweep atomic.Bool // a shim was killed in the middle of its work
+	updates turns       // by ID: updates of one container take turns
 }
 
 // New reads the book, finds out what has become of everything in it and takes
