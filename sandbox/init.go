@@ -75,10 +75,10 @@ func (s *Service) makeInit(ctx context.Context, o *op, p *pod) error {
 		{"pin", func(context.Context) error { return s.pinPID(p.ID, launched.Pid) }},
 		{"running", func(context.Context) error {
 			_, err := s.book.updatePod(p.ID, func(r *podRow) error { r.InitPid = launched.Pid; return nil })
-			if h := s.live.get(p.ID); err == nil && (h == nil || !h.alive()) {
-				err = errors.New("the pod's init ended at once")
+			if err != nil {
+				return err
 			}
-			return err
+			return s.initLives(p.ID)
 		}},
 	})
 	if err != nil {
@@ -92,6 +92,26 @@ func (s *Service) makeInit(ctx context.Context, o *op, p *pod) error {
 	}
 	return err
 }
+
+// initLives tells of an init that ended before it was in the book, which initEnded
+// has passed over. The shim writes the record before it tells anybody, so that
+// either there is one by now, or initEnded comes after the book was written.
+func (s *Service) initLives(podID string) error {
+	e, err := shim.ReadExit(s.initExit(podID))
+	switch {
+	case err == nil:
+		return fmt.Errorf("the pod's init ended at once, with code %d", e.Code)
+	case errors.Is(err, os.ErrNotExist):
+		if h := s.live.get(podID); (h == nil || !h.alive()) && !s.shimLives(podID) {
+			return errors.New("the shim of the pod's init is gone")
+		}
+		return nil
+	}
+	return fmt.Errorf("exit record of the pod's init: %w", err)
+}
+
+// initExit is the exit record of a pod's init.
+func (s *Service) initExit(podID string) string { return filepath.Join(s.bundleDir(podID), "exit") }
 
 // clearInit ends an init that is not in use and removes what was made for it.
 func (s *Service) clearInit(ctx context.Context, p *pod) error {

@@ -193,7 +193,7 @@ func (s *Service) markRemoving(c *container, destroy bool) error {
 func (s *Service) recoverPod(ctx context.Context, p *pod) error {
 	o := podObserved{sameBoot: p.BootID == s.cfg.BootID, pinned: s.pinned(p)}
 	if p.Init && o.sameBoot {
-		init := s.observe(ctx, p.ID, p.BootID, filepath.Join(s.bundleDir(p.ID), "exit"), true)
+		init := s.observe(ctx, p.ID, p.BootID, s.initExit(p.ID), true)
 		if o.init = init.status; init.unsure {
 			o.init = shim.StatusRunning
 			s.bg.Go(func() { s.shimLost(s.ctx, p.ID, nil) })

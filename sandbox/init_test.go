@@ -1,0 +1,39 @@
+package sandbox
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// initService is a service with a run directory and the bundle of an init.
+func initService(t *testing.T) (s *Service, podID string) {
+	t.Helper()
+	s = &Service{book: mustBook(t), live: newLive(), cfg: Config{RunDir: t.TempDir()}}
+	podID = newID()
+	for _, d := range []string{"s", "c/" + podID} {
+		if err := os.MkdirAll(filepath.Join(s.cfg.RunDir, d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s, podID
+}
+
+func TestInitLives(t *testing.T) {
+	s, id := initService(t)
+	if err := s.initLives(id); err == nil || !strings.Contains(err.Error(), "shim") {
+		t.Errorf("neither a record nor a shim: got %v, want an error about the shim", err)
+	}
+	for text, want := range map[string]string{
+		"berth-exit 1\ncode 3\nsignal 0\nat 1.000000000\nend\n": "code 3",
+		"berth-exit 1\ncode 3\n":                                "exit record",
+	} {
+		if err := os.WriteFile(s.initExit(id), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.initLives(id); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("record %q: got %v, want %q", text, err, want)
+		}
+	}
+}
