@@ -108,16 +108,24 @@ func raisePropagation(l *specs.Linux, propagation string) {
 	}
 }
 
+// hostShm is the shared memory of a pod in the host's IPC namespace.
+const hostShm = "/dev/shm"
+
 // podFiles are berth's own mounts from the host. A user's mount at the same
 // place wins. So does one above it that passes mounts back to the host: ours
 // would appear there as well.
 func podFiles(c *Container, user map[string]*Mount) (out []specs.Mount) {
 	ro := c.security().GetReadonlyRootfs()
+	var shm []string
+	if c.ShmDir != hostShm {
+		// The pod's own is mounted like this; crun has to be told again.
+		shm = []string{"nosuid", "noexec", "nodev"}
+	}
 	for _, f := range []Mount{
 		{Source: c.HostsFile, Destination: "/etc/hosts", Readonly: ro},
 		{Source: c.HostnameFile, Destination: "/etc/hostname", Readonly: ro},
 		{Source: c.ResolvConf, Destination: "/etc/resolv.conf", Readonly: ro},
-		{Source: c.ShmDir, Destination: "/dev/shm"},
+		{Source: c.ShmDir, Destination: "/dev/shm", Options: shm},
 	} {
 		parent := user[path.Dir(f.Destination)]
 		leaks := parent != nil && (parent.Propagation == "rshared" || f.Destination == "/dev/shm")
