@@ -21,7 +21,8 @@ func parentDir(p string) string { return filepath.Dir(p) }
 
 // teardown ends everything in the pod that is alive: containers, init, network,
 // namespaces. Its files and rows stay. It is all of StopPodSandbox and the first
-// half of destroyPod, and idempotent.
+// half of destroyPod, and idempotent. With a book that cannot be written, as on a
+// full disk, what lives ends nevertheless, and the error says so.
 func (s *Service) teardown(ctx context.Context, o *op, id string) error {
 	p, err := s.book.updatePod(id, func(r *podRow) error {
 		// Not ready from here on: insertContainer refuses new containers.
@@ -34,8 +35,11 @@ func (s *Service) teardown(ctx context.Context, o *op, id string) error {
 	if errors.Is(err, store.ErrNotFound) {
 		return nil
 	}
+	unmarked := err
 	if err != nil {
-		return err
+		if p = s.book.view().pods[id]; p == nil {
+			return err
+		}
 	}
 	if p.Torn {
 		return nil
@@ -48,7 +52,7 @@ func (s *Service) teardown(ctx context.Context, o *op, id string) error {
 		{"init", func(ctx context.Context) error { return s.destroyInit(ctx, p) }},
 		{"network", func(ctx context.Context) error { return s.detach(ctx, p) }},
 	})
-	if err != nil {
+	if err = errors.Join(unmarked, err); err != nil {
 		return err // the namespaces stay for the next try of CNI DEL
 	}
 	err = o.allSteps(ctx, []step{
@@ -88,20 +92,26 @@ func removeUnused(dirs []string) error {
 	return errors.Join(errs...)
 }
 
-// destroyPod undoes a pod, whatever of it exists.
+// destroyPod undoes a pod, whatever of it exists. With a book that cannot be
+// written, all that makes room is removed; then the mark must be in the book
+// before the rest goes, since without it a container could still be made.
 func (s *Service) destroyPod(ctx context.Context, o *op, id string) error {
 	p, err := s.book.updatePod(id, func(r *podRow) error { r.Removing = true; return nil })
 	if errors.Is(err, store.ErrNotFound) {
 		return nil
 	}
+	unmarked := err
 	if err != nil {
-		return err
+		if p = s.book.view().pods[id]; p == nil {
+			return err
+		}
+		klog.FromContext(ctx).Error(err, "Removal of a pod goes on without a mark in the book")
 	}
 	err = o.allSteps(ctx, []step{
 		{"teardown", func(ctx context.Context) error { return s.teardown(ctx, o, id) }},
 		{"containers", func(ctx context.Context) error { return s.removeContainers(ctx, id) }},
 	})
-	if err == nil {
+	if err = errors.Join(unmarked, err); err == nil {
 		err = o.steps(ctx, []step{
 			// Not before the containers are removed: until then their own cgroups
 			// may still be in there, and nobody would come back for these.
@@ -112,6 +122,7 @@ func (s *Service) destroyPod(ctx context.Context, o *op, id string) error {
 	}
 	if err == nil {
 		p.releaseLabels()
+		s.undo.Delete(id)
 	}
 	if err != nil {
 		s.noteFailure(ctx, id, err)
@@ -200,7 +211,7 @@ func (s *Service) removeContainers(ctx context.Context, podID string) error {
 func (s *Service) destroyContainerOp(ctx context.Context, id string) error {
 	_, err := s.ops.do(ctx, "remove container", id, s.cfg.ContainerTimeout, func(ctx context.Context, o *op) (string, error) {
 		if err := s.destroyContainer(ctx, o, id); err != nil {
-			s.kick()
+			s.retryUndo(id)
 			return "", fmt.Errorf("container %s: %w", id, err)
 		}
 		return "", nil
@@ -208,14 +219,18 @@ func (s *Service) destroyContainerOp(ctx context.Context, id string) error {
 	return err
 }
 
-// destroyContainer undoes a container, whatever of it exists.
+// destroyContainer undoes a container, whatever of it exists. A book that cannot
+// be written now is no reason to keep it: what it has may be what fills the disk.
 func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error {
 	c, err := s.book.updateContainer(id, func(_ *store.Tx, r *containerRow) error { r.Removing = true; return nil })
 	if errors.Is(err, store.ErrNotFound) {
 		return nil
 	}
 	if err != nil {
-		return err
+		if c = s.book.view().containers[id]; c == nil {
+			return err
+		}
+		klog.FromContext(ctx).Error(err, "Removal of a container goes on without a mark in the book")
 	}
 	err = o.steps(ctx, []step{
 		{"process", func(ctx context.Context) error {
@@ -232,6 +247,7 @@ func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error 
 	}
 	s.live.drop(id)
 	s.stats.drop(id)
+	s.undo.Delete(id)
 	s.freeImages(ctx, c)
 	if s.deps.Store.Rebuilt() {
 		s.kick() // it may have been the last one that forgetRebuild waits for

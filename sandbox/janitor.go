@@ -44,8 +44,8 @@ func (s *Service) kick() {
 	}
 }
 
-// retryUndo leaves the undo of a half made object to the janitor. Its row may
-// still say "creating", if the book could not be written.
+// retryUndo leaves the destroy of an object to the janitor. Its row may not say
+// so, if the book could not be written.
 func (s *Service) retryUndo(id string) {
 	s.undo.Store(id, true)
 	s.kick()

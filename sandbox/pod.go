@@ -307,7 +307,7 @@ func (s *Service) destroyPodOp(ctx context.Context, id string) error {
 		log, ctx := logFor(ctx, "podID", id)
 		begun := time.Now()
 		if err := s.destroyPod(ctx, o, id); err != nil {
-			s.kick()
+			s.retryUndo(id)
 			if !onlyDetach(err) {
 				return "", fmt.Errorf("pod %s: %w", id, err)
 			}

@@ -187,6 +187,9 @@ func (s *Service) markRemoving(c *container, destroy bool) error {
 		return nil
 	}
 	_, err := s.book.updateContainer(c.ID, func(_ *store.Tx, r *containerRow) error { r.Removing = true; return nil })
+	if err != nil {
+		s.retryUndo(c.ID)
+	}
 	return err
 }
 
@@ -211,6 +214,9 @@ func (s *Service) recoverPod(ctx context.Context, p *pod) error {
 		}
 		return nil
 	})
+	if err != nil && v.destroy {
+		s.retryUndo(p.ID)
+	}
 	return err
 }
 

@@ -41,7 +41,7 @@ type Service struct {
 	bg     sync.WaitGroup
 	wake   chan struct{} // the janitor has something to do
 
-	undo    sync.Map    // IDs of half made objects whose undo failed
+	undo    sync.Map    // IDs of objects whose destroy failed
 	resweep atomic.Bool // a shim was killed in the middle of its work
 	updates turns       // by ID: updates of one container take turns
 }
