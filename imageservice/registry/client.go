@@ -314,6 +314,9 @@ func (c *Client) send(ctx context.Context, method, path string, h http.Header, a
 	if err != nil && ctx.Err() == nil {
 		plain, plainErr := c.sendTo(ctx, "http", method, path, h, auth)
 		if plainErr != nil {
+			if errors.Is(err, http.ErrSchemeMismatch) {
+				err = plainErr // HTTP is what is spoken there
+			}
 			return nil, err
 		}
 		res, err, scheme = plain, nil, "http"
