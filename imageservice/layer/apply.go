@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/cespare/xxhash/v2"
 	"golang.org/x/sys/unix"
 )
 
@@ -38,12 +39,14 @@ func Apply(ctx context.Context, root *os.File, r io.Reader, opts Options) (Resul
 	}
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
-	a := &applier{
-		ctx: ctx, opts: opts, buf: *buf, umask: umask(),
-		root: int(root.Fd()), dirs: newDirs(int(root.Fd()), opts.MaxEntries), made: map[string]bool{},
-	}
+	a := &applier{ctx: ctx, opts: opts, buf: *buf, umask: umask(), root: int(root.Fd()), made: map[string]bool{}}
+	a.log = newManifestWriter(opts.Manifest)
+	a.dirs = newDirs(a.root, opts.MaxEntries, &a.log)
 	defer a.dirs.forget()
 	err := a.all(r)
+	if err == nil {
+		err = a.log.finish()
+	}
 	a.result.Implied = a.impliedDirs()
 	return a.result, err
 }
@@ -68,6 +71,8 @@ type applier struct {
 	umask  uint32
 	bytes  int64
 	result Result
+	log    manifestWriter
+	sum    xxhash.Digest // of the file at work
 	// later holds what directories get at the end, as entries change their times,
 	// and as setgid and default ACLs would be inherited by what is made inside.
 	later []dirMeta
@@ -134,74 +139,88 @@ func (a *applier) entry(h *tar.Header, body io.Reader) error {
 		if h.Typeflag != tar.TypeDir {
 			return fmt.Errorf("the root can only be a directory: %w", ErrUnsafe)
 		}
-		return a.dirMetaLater("", a.root, ".", h)
+		return a.dirMetaLater(place{parent: a.root, base: "."}, h)
 	}
 	dir, base := path.Split(name)
 	dir = strings.TrimSuffix(dir, "/")
-	parent, err := a.dirs.open(dir)
+	parent, real, err := a.dirs.open(dir)
 	if err != nil {
 		return err
 	}
 	if strings.HasPrefix(base, whiteoutPrefix) {
-		return a.whiteout(parent, dir, base)
+		return a.whiteout(parent, real, base)
 	}
+	at := place{parent: parent, base: base, name: name, real: join(real, base)}
 	if h.Typeflag == tar.TypeDir {
-		return a.mkdir(parent, name, base, h)
+		return a.mkdir(at, h)
 	}
-	return a.create(parent, name, base, h, body)
+	return a.create(at, h, body)
+}
+
+// place is where an entry goes.
+type place struct {
+	parent int    // directory
+	base   string // name in it
+	name   string // path as the archive has it, cleaned
+	real   string // path without symbolic links
 }
 
 // create makes anything but a directory, replacing what is there.
-func (a *applier) create(parent int, name, base string, h *tar.Header, body io.Reader) error {
+func (a *applier) create(at place, h *tar.Header, body io.Reader) error {
 	for range 2 {
-		err := a.createOnce(parent, name, base, h, body)
+		err := a.createOnce(at, h, body)
 		if err != unix.EEXIST {
 			return err
 		}
-		if _, err := removeAt(parent, base); err != nil {
+		if _, err := removeAt(at.parent, at.base); err != nil {
 			return err
 		}
+		a.log.add(&record{kind: kindRemoved, path: at.real})
 		a.dirs.stale = true // parent itself holds base and stays valid
 	}
 	return unix.EEXIST
 }
 
-func (a *applier) createOnce(parent int, name, base string, h *tar.Header, body io.Reader) error {
+func (a *applier) createOnce(at place, h *tar.Header, body io.Reader) error {
 	mode := uint32(h.Mode) & 0o7777
+	r := record{kind: kindSymlink, path: at.real, mode: mode}
 	var err error
 	switch h.Typeflag {
 	case tar.TypeLink:
-		return a.link(parent, name, base, h.Linkname)
+		return a.link(at, h.Linkname)
 	case tar.TypeSymlink:
-		err = unix.Symlinkat(h.Linkname, parent, base)
+		r.target = h.Linkname
+		err = unix.Symlinkat(h.Linkname, at.parent, at.base)
 	case tar.TypeChar, tar.TypeBlock:
 		if h.Devmajor < 0 || h.Devmajor > math.MaxUint32 || h.Devminor < 0 || h.Devminor > math.MaxUint32 {
 			return fmt.Errorf("device %d:%d: %w", h.Devmajor, h.Devminor, ErrUnsafe)
 		}
 		kind := uint32(unix.S_IFCHR)
+		r.kind, r.dev = kindChar, unix.Mkdev(uint32(h.Devmajor), uint32(h.Devminor))
 		if h.Typeflag == tar.TypeBlock {
-			kind = unix.S_IFBLK
+			r.kind, kind = kindBlock, unix.S_IFBLK
 		}
-		err = unix.Mknodat(parent, base, kind|mode&0o777, int(unix.Mkdev(uint32(h.Devmajor), uint32(h.Devminor))))
+		err = unix.Mknodat(at.parent, at.base, kind|mode&0o777, int(r.dev))
 	case tar.TypeFifo:
-		err = unix.Mknodat(parent, base, unix.S_IFIFO|mode&0o777, 0)
+		r.kind = kindFifo
+		err = unix.Mknodat(at.parent, at.base, unix.S_IFIFO|mode&0o777, 0)
 	default:
-		return a.file(parent, base, mode, h, body)
+		return a.file(at, mode, h, body)
 	}
 	if err != nil {
 		return err
 	}
 	a.result.Inodes++
-	return a.nodeMeta(parent, base, mode, h)
+	return a.nodeMeta(at, &r, h)
 }
 
 // file makes a regular file. It costs an openat, a write, a utimensat and a close
 // when owner, mode and attributes are those that a new file has anyway.
-func (a *applier) file(parent int, base string, mode uint32, h *tar.Header, body io.Reader) error {
+func (a *applier) file(at place, mode uint32, h *tar.Header, body io.Reader) error {
 	if h.Size > a.opts.MaxBytes-a.bytes {
 		return fmt.Errorf("more than %d bytes: %w", a.opts.MaxBytes, ErrTooLarge)
 	}
-	fd, err := openNew(parent, base, mode&0o777)
+	fd, err := openNew(at.parent, at.base, mode&0o777)
 	if err != nil {
 		return err
 	}
@@ -213,7 +232,8 @@ func (a *applier) file(parent int, base string, mode uint32, h *tar.Header, body
 		return err
 	}
 	a.result.Size += written
-	return a.fileMeta(fd, parent, base, mode, h)
+	r := record{kind: kindFile, path: at.real, mode: mode, size: h.Size, sum: a.sum.Sum64()}
+	return a.fileMeta(fd, at, &r, h)
 }
 
 func openNew(parent int, base string, mode uint32) (int, error) {
@@ -230,6 +250,7 @@ func openNew(parent int, base string, mode uint32) (int, error) {
 func (a *applier) copy(fd int, h *tar.Header, body io.Reader) (int64, error) {
 	sparse := isSparse(h)
 	var off, allocated int64
+	a.sum.Reset()
 	for off < h.Size {
 		if err := a.ctx.Err(); err != nil {
 			return 0, context.Cause(a.ctx)
@@ -240,6 +261,9 @@ func (a *applier) copy(fd int, h *tar.Header, body io.Reader) (int64, error) {
 				err = io.ErrUnexpectedEOF
 			}
 			return 0, streamError(err)
+		}
+		if a.log.wanted() {
+			a.sum.Write(a.buf[:n])
 		}
 		if sparse && allZero(a.buf[:n]) {
 			off += int64(n)
@@ -297,7 +321,7 @@ func allZero(b []byte) bool {
 
 // link makes a hard link to a file of this layer, whose path is resolved inside the
 // root like any other. The link itself has no metadata.
-func (a *applier) link(parent int, name, base, target string) error {
+func (a *applier) link(at place, target string) error {
 	to, err := cleanName(target)
 	if err != nil {
 		return fmt.Errorf("link target %q: %w", clip(target), err)
@@ -305,22 +329,24 @@ func (a *applier) link(parent int, name, base, target string) error {
 	if to == "" {
 		return fmt.Errorf("link to the root: %w", ErrUnsafe)
 	}
-	if to == name {
+	if to == at.name {
 		return nil // some archivers list a file as a link to itself
 	}
-	dir, toBase := path.Split(to)
-	from := a.root
+	dir, base := path.Split(to)
+	from, real := a.root, ""
 	if dir != "" {
-		if from, err = resolve(a.root, strings.TrimSuffix(dir, "/"), dirFlags); err != nil {
+		if from, real, err = resolveReal(a.root, strings.TrimSuffix(dir, "/"), dirFlags); err != nil {
 			return fmt.Errorf("link target %q: %w", clip(target), err)
 		}
 		defer unix.Close(from)
 	}
-	err = unix.Linkat(from, toBase, parent, base, 0)
-	if err == unix.EEXIST && sameFile(from, toBase, parent, base) {
+	err = unix.Linkat(from, base, at.parent, at.base, 0)
+	if err == unix.EEXIST && sameFile(from, base, at.parent, at.base) {
 		return nil // replacing the file by itself would remove it
 	}
-	if err != nil && err != unix.EEXIST {
+	if err == nil {
+		a.log.add(&record{kind: kindLink, path: at.real, target: join(real, base)})
+	} else if err != unix.EEXIST {
 		return fmt.Errorf("link target %q: %w", clip(target), err)
 	}
 	return err
@@ -333,28 +359,29 @@ func sameFile(dir1 int, name1 string, dir2 int, name2 string) bool {
 }
 
 // mkdir makes a listed directory, or takes over one that is there.
-func (a *applier) mkdir(parent int, name, base string, h *tar.Header) error {
+func (a *applier) mkdir(at place, h *tar.Header) error {
 	if len(a.dirs.implied) > 0 {
-		a.made[name] = true
+		a.made[at.name] = true
 	}
-	err := unix.Mkdirat(parent, base, 0o755)
+	err := unix.Mkdirat(at.parent, at.base, 0o755)
 	if err == unix.EEXIST {
 		var st unix.Stat_t
-		if err := unix.Fstatat(parent, base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		if err := unix.Fstatat(at.parent, at.base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 			return err
 		}
 		if st.Mode&unix.S_IFMT == unix.S_IFDIR {
-			return a.dirMetaLater(name, parent, base, h)
+			return a.dirMetaLater(at, h)
 		}
-		if err := unix.Unlinkat(parent, base, 0); err != nil {
+		if err := unix.Unlinkat(at.parent, at.base, 0); err != nil {
 			return err
 		}
-		if err := unix.Mkdirat(parent, base, 0o755); err != nil {
+		a.log.add(&record{kind: kindRemoved, path: at.real})
+		if err := unix.Mkdirat(at.parent, at.base, 0o755); err != nil {
 			return err
 		}
 		a.dirs.stale = true
 		if isWhiteout(&st) {
-			if err := setOpaque(parent, base); err != nil {
+			if err := a.opaque(at.parent, at.base, at.real); err != nil {
 				return err
 			}
 		}
@@ -363,20 +390,25 @@ func (a *applier) mkdir(parent int, name, base string, h *tar.Header) error {
 	}
 	a.result.Inodes++
 	a.result.Size += blockSize
-	return a.dirMetaLater(name, parent, base, h)
+	return a.dirMetaLater(at, h)
+}
+
+func (a *applier) opaque(parent int, base, real string) error {
+	a.log.add(&record{kind: kindOpaque, path: real})
+	return setOpaque(parent, base)
 }
 
 // whiteout hides base, or everything, of the layers below. What this layer has itself
 // under that name stays, whatever the order of the entries.
-func (a *applier) whiteout(parent int, dir, base string) error {
+func (a *applier) whiteout(parent int, real, base string) error {
 	switch {
 	case base == whiteoutOpaque:
-		if dir == "" {
+		if real == "" {
 			// Overlay does not look at the attribute of a layer's root.
 			a.result.OpaqueRoot = true
 			return nil
 		}
-		return setOpaque(parent, ".")
+		return a.opaque(parent, ".", real)
 	case strings.HasPrefix(base, whiteoutMeta):
 		return nil // notes that aufs kept for itself
 	}
@@ -387,6 +419,7 @@ func (a *applier) whiteout(parent int, dir, base string) error {
 	err := unix.Mknodat(parent, hidden, unix.S_IFCHR, 0)
 	if err == nil {
 		a.result.Inodes++
+		a.log.add(&record{kind: kindWhiteout, path: join(real, hidden)})
 		return nil
 	}
 	if err != unix.EEXIST {
@@ -397,7 +430,7 @@ func (a *applier) whiteout(parent int, dir, base string) error {
 		return err
 	}
 	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
-		return setOpaque(parent, hidden)
+		return a.opaque(parent, hidden, join(real, hidden))
 	}
 	return nil
 }

@@ -409,7 +409,7 @@ func TestAdoptDirs(t *testing.T) {
 	}
 }
 
-func mustOpen(t *testing.T, dir string) *os.File {
+func mustOpen(t testing.TB, dir string) *os.File {
 	t.Helper()
 	f, err := os.Open(dir)
 	if err != nil {

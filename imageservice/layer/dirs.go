@@ -3,6 +3,7 @@ package layer
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path"
 	"strings"
 
@@ -22,14 +23,16 @@ const (
 type dirs struct {
 	root    int
 	last    string
-	lastFD  int  // -1 for none
-	stale   bool // something was removed: last may lead elsewhere, or be gone
+	real    string // path of last without symbolic links
+	lastFD  int    // -1 for none
+	stale   bool   // something was removed: last may lead elsewhere, or be gone
 	maxNew  int64
 	implied []string
+	log     *manifestWriter
 }
 
-func newDirs(root int, maxNew int64) *dirs {
-	return &dirs{root: root, lastFD: -1, maxNew: maxNew}
+func newDirs(root int, maxNew int64, log *manifestWriter) *dirs {
+	return &dirs{root: root, lastFD: -1, maxNew: maxNew, log: log}
 }
 
 // forget closes what is remembered.
@@ -40,27 +43,27 @@ func (d *dirs) forget() {
 	d.lastFD, d.last, d.stale = -1, "", false
 }
 
-// open returns a descriptor of dir, "" being the root, and makes what is missing of it.
-// It is valid until the next call.
-func (d *dirs) open(dir string) (int, error) {
+// open returns a descriptor of dir, "" being the root, and its path without symbolic links,
+// and makes what is missing of it. The descriptor is valid until the next call.
+func (d *dirs) open(dir string) (fd int, real string, err error) {
 	if dir == "" {
-		return d.root, nil
+		return d.root, "", nil
 	}
 	if d.lastFD >= 0 && d.last == dir && !d.stale {
-		return d.lastFD, nil
+		return d.lastFD, d.real, nil
 	}
-	fd, err := resolve(d.root, dir, dirFlags)
+	fd, real, err = resolveReal(d.root, dir, dirFlags)
 	if err == unix.ENOENT || err == unix.ENOTDIR {
 		if err = d.makeDir(dir, linkLimit); err == nil {
-			fd, err = resolve(d.root, dir, dirFlags)
+			fd, real, err = resolveReal(d.root, dir, dirFlags)
 		}
 	}
 	if err != nil {
-		return -1, fmt.Errorf("parent directory: %w", err)
+		return -1, "", fmt.Errorf("parent directory: %w", err)
 	}
 	d.forget()
-	d.last, d.lastFD = dir, fd
-	return fd, nil
+	d.last, d.real, d.lastFD = dir, real, fd
+	return fd, real, nil
 }
 
 // makeDir makes the missing components of dir. What is there and is no directory is
@@ -106,27 +109,14 @@ func (d *dirs) makeOne(parent int, prefix, base string, links int) error {
 	err := unix.Mkdirat(parent, base, 0o755)
 	if err == nil {
 		d.implied = append(d.implied, prefix)
-		return nil
+		return d.note(kindImplied, parent, base)
 	}
 	if err != unix.EEXIST {
 		return err
 	}
 	target, err := readlinkat(parent, base)
 	if err == unix.EINVAL { // no link: a file, or the whiteout of this directory
-		opaque, err := removeAt(parent, base)
-		if err != nil {
-			return err
-		}
-		d.stale = true
-		if err := unix.Mkdirat(parent, base, 0o755); err != nil {
-			return err
-		}
-		// Its metadata comes from the layers below only if they are to be seen.
-		if opaque {
-			return setOpaque(parent, base)
-		}
-		d.implied = append(d.implied, prefix)
-		return nil
+		return d.replace(parent, prefix, base)
 	}
 	if err != nil {
 		return err
@@ -145,11 +135,99 @@ func (d *dirs) makeOne(parent int, prefix, base string, links int) error {
 	return d.makeDir(target, links-1)
 }
 
+// replace makes a directory of what is none.
+func (d *dirs) replace(parent int, prefix, base string) error {
+	opaque, err := removeAt(parent, base)
+	if err != nil {
+		return err
+	}
+	d.stale = true
+	if err := unix.Mkdirat(parent, base, 0o755); err != nil {
+		return err
+	}
+	if err := errors.Join(d.note(kindRemoved, parent, base), d.note(kindImplied, parent, base)); err != nil {
+		return err
+	}
+	// Its metadata comes from the layers below only if they are to be seen.
+	if opaque {
+		return errors.Join(d.note(kindOpaque, parent, base), setOpaque(parent, base))
+	}
+	d.implied = append(d.implied, prefix)
+	return nil
+}
+
+// note writes a record about base in the directory parent, whose path is looked up.
+func (d *dirs) note(kind byte, parent int, base string) error {
+	if !d.log.wanted() {
+		return nil
+	}
+	dir, err := pathOf(d.root, parent)
+	if err != nil {
+		return err
+	}
+	d.log.add(&record{kind: kind, path: join(dir, base)})
+	return nil
+}
+
+// join is path.Join for what is clean.
+func join(dir, base string) string {
+	if dir == "" {
+		return base
+	}
+	return dir + "/" + base
+}
+
+// pathOf asks the kernel where a descriptor below root is.
+func pathOf(root, fd int) (string, error) {
+	top, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", root))
+	if err != nil {
+		return "", err
+	}
+	p, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil {
+		return "", err
+	}
+	rest, ok := strings.CutPrefix(p, strings.TrimSuffix(top, "/"))
+	if !ok || rest != "" && rest[0] != '/' {
+		return "", fmt.Errorf("%q is not below %q: %w", clip(p), clip(top), ErrUnsafe)
+	}
+	return strings.TrimPrefix(rest, "/"), nil
+}
+
+// resolveReal is resolve, and returns the path without symbolic links. Where there are
+// none, which is nearly always, it costs nothing more.
+func resolveReal(root int, name string, flags uint64) (fd int, real string, err error) {
+	fd, err = openBeneath(root, name, flags)
+	if err == nil {
+		return fd, name, nil
+	}
+	if err != unix.ELOOP {
+		return -1, "", err
+	}
+	if fd, err = resolve(root, name, flags); err != nil {
+		return -1, "", err
+	}
+	if real, err = pathOf(root, fd); err != nil {
+		unix.Close(fd)
+		return -1, "", err
+	}
+	return fd, real, nil
+}
+
+// openBeneath opens name, relative and clean, inside root and goes through no link at all.
+func openBeneath(root int, name string, flags uint64) (int, error) {
+	return openat2(root, name, flags, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
+}
+
 // resolve opens name inside root: absolute links and ".." end at root, as after a chroot.
 func resolve(root int, name string, flags uint64) (int, error) {
-	how := unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
+	return openat2(root, name, flags, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_MAGICLINKS)
+}
+
+func openat2(root int, name string, flags, how uint64) (int, error) {
+	open := unix.OpenHow{Flags: flags, Resolve: how}
 	for range 8 { // EAGAIN: a rename elsewhere raced with the walk
-		fd, err := unix.Openat2(root, name, &how)
+		fd, err := unix.Openat2(root, name, &open)
 		switch err {
 		case unix.EINTR, unix.EAGAIN:
 			continue

@@ -96,8 +96,8 @@ func TestApplyHostile(t *testing.T) {
 	}
 }
 
-// FuzzApply: whatever the archive, nothing outside of the root changes, and what was made
-// stays within the bounds.
+// FuzzApply: whatever the archive, nothing outside of the root changes, what was made
+// stays within the bounds, and is what the manifest says.
 func FuzzApply(f *testing.F) {
 	needRoot(f)
 	for _, entries := range hostile("/outside") {
@@ -108,12 +108,18 @@ func FuzzApply(f *testing.F) {
 		a := newArena(t)
 		before := a.around(t)
 		const most = 1 << 20
-		res, err := ApplyDir(context.Background(), a.root, bytes.NewReader(raw), Options{MaxBytes: most, MaxEntries: 200})
+		var manifest bytes.Buffer
+		res, err := ApplyDir(context.Background(), a.root, bytes.NewReader(raw), Options{MaxBytes: most, MaxEntries: 200, Manifest: &manifest})
 		if after := a.around(t); !slices.Equal(before, after) {
 			t.Fatalf("outside changed (error %v):\n%s\nwas:\n%s", err, strings.Join(after, "\n"), strings.Join(before, "\n"))
 		}
 		if err == nil && res.Entries > 200 {
 			t.Fatalf("%d entries in spite of the limit", res.Entries)
+		}
+		if err == nil {
+			if _, got := mustVerify(t, a.root, manifest.Bytes(), VerifyOptions{Contents: true}); len(got) > 0 {
+				t.Fatalf("just unpacked, and already different from its manifest: %q", got)
+			}
 		}
 	})
 }

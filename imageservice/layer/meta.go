@@ -20,6 +20,8 @@ const (
 type dirMeta struct {
 	name   string
 	mode   uint32
+	uid    uint32
+	gid    uint32
 	mtime  time.Time
 	atime  time.Time
 	xattrs map[string]string
@@ -28,7 +30,7 @@ type dirMeta struct {
 // fileMeta sets owner, mode, attributes and times of a new regular file, in an order in
 // which none undoes another: chown clears setuid and capabilities, and all of them but
 // utimensat change times.
-func (a *applier) fileMeta(fd, parent int, base string, mode uint32, h *tar.Header) error {
+func (a *applier) fileMeta(fd int, at place, r *record, h *tar.Header) error {
 	uid, gid, err := owner(h)
 	if err != nil {
 		return err
@@ -38,59 +40,73 @@ func (a *applier) fileMeta(fd, parent int, base string, mode uint32, h *tar.Head
 			return fmt.Errorf("chown: %w", err)
 		}
 	}
-	if mode&(a.umask|0o7000) != 0 {
-		if err := unix.Fchmod(fd, mode); err != nil {
+	if r.mode&(a.umask|0o7000) != 0 {
+		if err := unix.Fchmod(fd, r.mode); err != nil {
 			return fmt.Errorf("chmod: %w", err)
 		}
 	}
-	for name, value := range a.xattrs(h) {
-		if err := xattrError(name, unix.Fsetxattr(fd, name, []byte(value), 0)); err != nil {
-			return err
-		}
+	if r.xattrs, err = setXattrs(fd, a.xattrs(h)); err != nil {
+		return err
 	}
-	return setTimes(parent, base, h.AccessTime, h.ModTime)
+	r.uid, r.gid, r.mtime = uint32(uid), uint32(gid), timespec(h.ModTime)
+	a.log.add(r)
+	return setTimes(at.parent, at.base, h.AccessTime, h.ModTime)
+}
+
+// setXattrs sets attributes and returns them without those that the file system does
+// not keep.
+func setXattrs(fd int, xattrs map[string]string) (map[string]string, error) {
+	for name, value := range xattrs {
+		err := unix.Fsetxattr(fd, name, []byte(value), 0)
+		if err == nil {
+			continue
+		}
+		if err := xattrError(name, err); err != nil {
+			return nil, err
+		}
+		delete(xattrs, name)
+	}
+	return xattrs, nil
 }
 
 // nodeMeta does the same for what cannot be opened: links, devices, fifos.
-func (a *applier) nodeMeta(parent int, base string, mode uint32, h *tar.Header) error {
+func (a *applier) nodeMeta(at place, r *record, h *tar.Header) error {
 	uid, gid, err := owner(h)
 	if err != nil {
 		return err
 	}
 	if uid != 0 || gid != 0 {
-		if err := unix.Fchownat(parent, base, uid, gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		if err := unix.Fchownat(at.parent, at.base, uid, gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 			return fmt.Errorf("chown: %w", err)
 		}
 	}
 	// base was made by us just now and is no link, so following it is no danger.
-	if h.Typeflag != tar.TypeSymlink && mode&(a.umask|0o7000) != 0 {
-		if err := unix.Fchmodat(parent, base, mode, 0); err != nil {
+	if r.kind != kindSymlink && r.mode&(a.umask|0o7000) != 0 {
+		if err := unix.Fchmodat(at.parent, at.base, r.mode, 0); err != nil {
 			return fmt.Errorf("chmod: %w", err)
 		}
 	}
-	for name, value := range a.xattrs(h) {
-		// The kernel keeps user.* and ACLs to files and directories.
-		if name != capabilityXattr {
-			continue
+	// Of the attributes that are kept, the kernel allows only this one here.
+	if value, ok := a.xattrs(h)[capabilityXattr]; ok {
+		if err := unix.Lsetxattr(procPath(at.parent, at.base), capabilityXattr, []byte(value), 0); err != nil {
+			return xattrError(capabilityXattr, err)
 		}
-		if err := xattrError(name, unix.Lsetxattr(procPath(parent, base), name, []byte(value), 0)); err != nil {
-			return err
-		}
+		r.xattrs = map[string]string{capabilityXattr: value}
 	}
-	return setTimes(parent, base, h.AccessTime, h.ModTime)
+	r.uid, r.gid, r.mtime = uint32(uid), uint32(gid), timespec(h.ModTime)
+	a.log.add(r)
+	return setTimes(at.parent, at.base, h.AccessTime, h.ModTime)
 }
 
-// dirMetaLater sets the owner of a directory now and keeps the rest for finishDirs.
-func (a *applier) dirMetaLater(name string, parent int, base string, h *tar.Header) error {
+// dirMetaLater keeps what a directory is to get for finishDirs.
+func (a *applier) dirMetaLater(at place, h *tar.Header) error {
 	uid, gid, err := owner(h)
 	if err != nil {
 		return err
 	}
-	if err := unix.Fchownat(parent, base, uid, gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return fmt.Errorf("chown: %w", err)
-	}
 	a.later = append(a.later, dirMeta{
-		name: name, mode: uint32(h.Mode) & 0o7777, mtime: h.ModTime, atime: h.AccessTime, xattrs: a.xattrs(h),
+		name: at.name, mode: uint32(h.Mode) & 0o7777, uid: uint32(uid), gid: uint32(gid),
+		mtime: h.ModTime, atime: h.AccessTime, xattrs: a.xattrs(h),
 	})
 	return nil
 }
@@ -101,23 +117,24 @@ func (a *applier) finishDirs() error {
 	done := make(map[string]bool, len(a.later))
 	for i := len(a.later) - 1; i >= 0; i-- {
 		m := &a.later[i]
-		if done[m.name] {
-			continue
-		}
-		done[m.name] = true
-		if err := a.finishDir(m); err != nil {
+		if err := a.finishDir(m, done); err != nil {
 			return entryError(m.name, err)
 		}
 	}
 	return nil
 }
 
-func (a *applier) finishDir(m *dirMeta) error {
+// finishDir does nothing for a directory that is in done, by its path without links, and
+// adds it otherwise.
+func (a *applier) finishDir(m *dirMeta, done map[string]bool) error {
 	name := m.name
 	if name == "" {
 		name = "."
 	}
-	fd, err := resolve(a.root, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC)
+	if done[m.name] {
+		return nil
+	}
+	fd, real, err := resolveReal(a.root, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC)
 	if err == unix.ENOENT || err == unix.ENOTDIR || err == unix.ELOOP {
 		return nil // a later entry replaced it
 	}
@@ -125,14 +142,26 @@ func (a *applier) finishDir(m *dirMeta) error {
 		return err
 	}
 	defer unix.Close(fd)
+	if m.name == "" {
+		real = ""
+	}
+	if done[real] {
+		return nil
+	}
+	done[real] = true
+	if m.uid != 0 || m.gid != 0 {
+		if err := unix.Fchown(fd, int(m.uid), int(m.gid)); err != nil {
+			return fmt.Errorf("chown: %w", err)
+		}
+	}
 	if err := unix.Fchmod(fd, m.mode); err != nil {
 		return fmt.Errorf("chmod: %w", err)
 	}
-	for name, value := range m.xattrs {
-		if err := xattrError(name, unix.Fsetxattr(fd, name, []byte(value), 0)); err != nil {
-			return err
-		}
+	xattrs, err := setXattrs(fd, m.xattrs)
+	if err != nil {
+		return err
 	}
+	a.log.add(&record{kind: kindDir, path: real, mode: m.mode, uid: m.uid, gid: m.gid, mtime: timespec(m.mtime), xattrs: xattrs})
 	return setTimes(fd, ".", m.atime, m.mtime)
 }
 
