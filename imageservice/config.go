@@ -12,6 +12,10 @@ type Config struct {
 	// LayersDir is the directory that is reported as the mount point of the image
 	// file system: that in which the snapshotter keeps its layers.
 	LayersDir string
+	// ManifestsDir is where it is kept what each layer holds, for VerifyLayer: a
+	// directory on the file system of the layers, so that both are synced at once.
+	// It is made with mode 0700. "" means that it is not kept.
+	ManifestsDir string
 
 	// MaxConcurrentLayers bounds the layers that are downloaded and unpacked at the
 	// same time, over all pulls: 1 to 64, default 6. Each takes about 3 MiB of

@@ -96,7 +96,7 @@ func (s *Service) collect(ctx context.Context, name string) (freed int, err erro
 	err = s.sn.Remove(ctx, name)
 	switch {
 	case err == nil:
-		return 1, nil
+		return 1, s.manifests.remove(name)
 	case errors.Is(err, snapshotter.ErrInUse): // a container's, or a layer that is held
 		return 0, nil
 	}
@@ -199,6 +199,13 @@ func (s *Service) recover(ctx context.Context) error {
 	if len(broken) > 0 {
 		if err := s.commit(broken, func(string, *imageRow) *imageRow { return nil }, nil); err != nil {
 			return err
+		}
+	}
+	// While the book may be missing rows, a layer that it does not name may be needed.
+	if !s.book.Rebuilt() {
+		err := s.manifests.sweep(func(chain string) bool { _, ok := f.parents[chain]; return ok })
+		if err != nil {
+			log.Error(err, "Manifests of layers that are gone stay until the next start")
 		}
 	}
 	// What containers use is not known yet; their snapshots protect the layers.

@@ -121,6 +121,7 @@ func (s *Service) tryLayer(ctx context.Context, pl *plan, i int, below <-chan st
 	defer done()
 	defer func() {
 		if err != nil {
+			s.manifests.drop(key)
 			s.undo(ctx, key)
 		}
 	}()
@@ -147,6 +148,9 @@ func (s *Service) tryLayer(ctx context.Context, pl *plan, i int, below <-chan st
 		if err := s.adopt(ctx, key, parent, root, res.Implied); err != nil {
 			return false, err
 		}
+	}
+	if err := s.manifests.keep(key, l.ChainID); err != nil {
+		return false, err
 	}
 	return false, s.sn.Commit(ctx, l.ChainID, key, opts...)
 }
@@ -207,8 +211,7 @@ func (s *Service) unpack(ctx context.Context, l layerRow, key string, r layerByt
 		return res, "", classify(err)
 	}
 	began := time.Now()
-	res, err = layer.ApplyDir(ctx, root, record.unpacking(st), layer.Options{MaxBytes: s.cfg.MaxLayerBytes, MaxEntries: s.cfg.MaxLayerEntries})
-	if err != nil {
+	if res, err = s.apply(ctx, root, key, record.unpacking(st)); err != nil {
 		err = st.Blame(err)
 	}
 	st.Close()
@@ -218,6 +221,20 @@ func (s *Service) unpack(ctx context.Context, l layerRow, key string, r layerByt
 	klog.FromContext(ctx).V(4).Info("Layer unpacked", "digest", l.Digest, "bytes", l.Size, "size", res.Size,
 		"entries", res.Entries, "took", time.Since(began))
 	return res, root, nil
+}
+
+// apply unpacks an archive and writes the layer's manifest.
+func (s *Service) apply(ctx context.Context, root, key string, archive io.Reader) (layer.Result, error) {
+	opts := layer.Options{MaxBytes: s.cfg.MaxLayerBytes, MaxEntries: s.cfg.MaxLayerEntries}
+	list, err := s.manifests.create(key)
+	if err != nil {
+		return layer.Result{}, err
+	}
+	if list != nil {
+		defer list.Close()
+		opts.Manifest = list
+	}
+	return layer.ApplyDir(ctx, root, archive, opts)
 }
 
 // adopt gives the directories that the archive did not list the metadata that they have

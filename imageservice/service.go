@@ -22,20 +22,21 @@ type Service struct {
 	book *store.Store
 	sn   snapshotter.Snapshotter
 
-	view     atomic.Pointer[view]
-	fs       atomic.Pointer[FsUsage]
-	pinned   atomic.Pointer[[]string]
-	search   atomic.Pointer[shortNames]
-	policy   atomic.Pointer[signature.Policy]
-	inUse    atomic.Pointer[func() map[string]bool]
-	slots    chan struct{} // one for each layer that may be unpacked now
-	chains   chains
-	run      int64        // tells the extraction keys of this process from those of another
-	sequence atomic.Int64 // of extraction keys
-	wg       sync.WaitGroup
-	gcMu     sync.Mutex // one collection at a time
-	reloadMu sync.Mutex
-	seen     string // fingerprint of the files of the last reload; guarded by reloadMu
+	view      atomic.Pointer[view]
+	fs        atomic.Pointer[FsUsage]
+	pinned    atomic.Pointer[[]string]
+	search    atomic.Pointer[shortNames]
+	policy    atomic.Pointer[signature.Policy]
+	inUse     atomic.Pointer[func() map[string]bool]
+	slots     chan struct{} // one for each layer that may be unpacked now
+	chains    chains
+	manifests manifests
+	run       int64        // tells the extraction keys of this process from those of another
+	sequence  atomic.Int64 // of extraction keys
+	wg        sync.WaitGroup
+	gcMu      sync.Mutex // one collection at a time
+	reloadMu  sync.Mutex
+	seen      string // fingerprint of the files of the last reload; guarded by reloadMu
 
 	// commitMu orders changes to the book's image rows and the view with them.
 	commitMu sync.Mutex
@@ -60,6 +61,9 @@ func New(ctx context.Context, cfg Config, st *store.Store, sn snapshotter.Snapsh
 		cfg: cfg, book: st, sn: sn, slots: make(chan struct{}, cfg.MaxConcurrentLayers), run: time.Now().UnixNano(),
 		pulls: map[pullKey]*pull{}, flights: map[string]*flight{}, extracting: map[string]bool{},
 		chains: chains{held: map[string]int{}, condemned: map[string]chan struct{}{}},
+	}
+	if s.manifests, err = newManifests(cfg.ManifestsDir); err != nil {
+		return nil, err
 	}
 	s.pinned.Store(&cfg.PinnedImages)
 	if err := s.Reload(); err != nil {

@@ -62,7 +62,8 @@ func (n *node) open(change ...func(*Config)) {
 func (n *node) start(change ...func(*Config)) {
 	n.t.Helper()
 	cfg := Config{
-		LayersDir: filepath.Join(n.dir, "state", "layers"), RegistriesConf: n.mustWrite("registries.conf", ""),
+		LayersDir: filepath.Join(n.dir, "state", "layers"), ManifestsDir: filepath.Join(n.dir, "state", "manifests"),
+		RegistriesConf:    n.mustWrite("registries.conf", ""),
 		RegistriesConfDir: n.mustMkdir("registries.conf.d"), RegistriesDir: n.mustMkdir("registries.d"),
 		CertsDir: n.mustMkdir("certs.d"), HostsDir: n.mustMkdir("hosts.d"), AuthFile: filepath.Join(n.dir, "auth.json"),
 		PolicyPath: n.mustWrite("policy.json", `{"default":[{"type":"insecureAcceptAnything"}]}`),

@@ -175,6 +175,14 @@ type Cleaner interface {
 	Cleanup(ctx context.Context) error
 }
 
+// Locator is a Snapshotter that keeps each committed snapshot as a directory of its own.
+type Locator interface {
+	// Locate returns the absolute path of what the committed snapshot name holds
+	// itself, its parents left out: files, and whiteouts in the form of overlayfs.
+	// Nothing may be changed there. ErrNotFound, ErrKind.
+	Locate(ctx context.Context, name string) (string, error)
+}
+
 // Syncer is a Snapshotter whose data can be made durable: when Sync returns,
 // all that was written into its snapshots before the call survives a power cut.
 type Syncer interface {

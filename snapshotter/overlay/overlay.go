@@ -93,6 +93,7 @@ var (
 	_ snapshotter.Snapshotter = (*Snapshotter)(nil)
 	_ snapshotter.Cleaner     = (*Snapshotter)(nil)
 	_ snapshotter.Syncer      = (*Snapshotter)(nil)
+	_ snapshotter.Locator     = (*Snapshotter)(nil)
 )
 
 // New returns the snapshotter that keeps its directories under root, which is

@@ -539,3 +539,26 @@ func TestSupported(t *testing.T) {
 		return nil
 	})
 }
+
+func TestLocate(t *testing.T) {
+	s := mustOverlay(t)
+	snapshottest.MustLayer(t, s, "l1", "", map[string]string{"below": "1"})
+	snapshottest.MustLayer(t, s, "l2", "l1", map[string]string{"f": "2"})
+	dir, err := s.Locate(ctx, "l2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(dir + "/f"); err != nil || string(b) != "2" {
+		t.Errorf("file of the layer: %q, %v", b, err)
+	}
+	if _, err := os.Stat(dir + "/below"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("file of the parent: %v, want it not to be there", err)
+	}
+	mustPrepare(t, s, "c", "l2")
+	if _, err := s.Locate(ctx, "c"); !errors.Is(err, snapshotter.ErrKind) {
+		t.Errorf("active snapshot: %v, want ErrKind", err)
+	}
+	if _, err := s.Locate(ctx, "none"); !errors.Is(err, snapshotter.ErrNotFound) {
+		t.Errorf("no snapshot: %v, want ErrNotFound", err)
+	}
+}

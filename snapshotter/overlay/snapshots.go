@@ -95,6 +95,22 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshotter.Usage,
 	return u, nil
 }
 
+// Locate implements snapshotter.Locator.
+func (s *Snapshotter) Locate(_ context.Context, name string) (string, error) {
+	var r row
+	err := s.book.View(func(tx *store.Tx) (err error) {
+		r, err = get(tx, name)
+		return err
+	})
+	if err == nil && r.Kind != snapshotter.KindCommitted {
+		err = fmt.Errorf("snapshot %q: directory of %s: %w", name, r.Kind, snapshotter.ErrKind)
+	}
+	if err != nil {
+		return "", err
+	}
+	return s.tree(r), nil
+}
+
 // Mounts implements snapshotter.Snapshotter.
 func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]snapshotter.Mount, error) {
 	var m []snapshotter.Mount
