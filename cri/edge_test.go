@@ -324,7 +324,7 @@ func TestMessageSizes(t *testing.T) {
 	if err != nil {
 		t.Fatalf("16 MiB of output have to be cut, not refused: %v", err)
 	}
-	if r.GetExitCode() != 3 || len(r.GetStderr()) != 100 || len(r.GetStdout()) < 15<<20 {
+	if r.GetExitCode() != 3 || len(r.GetStderr()) < 100 || len(r.GetStdout()) < 15<<20 || !strings.HasSuffix(string(r.GetStderr()), "of both streams]\n") {
 		t.Errorf("exit %d, %d and %d bytes", r.GetExitCode(), len(r.GetStdout()), len(r.GetStderr()))
 	}
 	req := &runtime.RunPodSandboxRequest{Config: podConfig()}
@@ -335,17 +335,26 @@ func TestMessageSizes(t *testing.T) {
 }
 
 func TestFitExec(t *testing.T) {
-	for _, tc := range []struct{ out, err, budget, wantOut, wantErr int }{
-		{10, 10, 20, 10, 10},
-		{30, 5, 20, 15, 5},
-		{5, 30, 20, 5, 15},
-		{30, 30, 20, 10, 10},
-		{12, 30, 20, 10, 10},
-		{0, 21, 20, 0, 20},
+	const note = "\n[output cut off at 220 bytes of both streams]\n"
+	const room = 220 - len(note)
+	for _, tc := range []struct{ out, err, wantOut, wantErr int }{
+		{110, 110, 110, 110},
+		{220, 0, 220, 0},
+		{300, 5, room - 5, 5},
+		{5, 300, 5, room - 5},
+		{300, 300, room / 2, room / 2},
+		{room/2 + 2, 300, room / 2, room / 2},
+		{0, 221, 0, room},
+		{221, 0, room, 0},
 	} {
-		r := fitExec(&runtime.ExecSyncResponse{Stdout: make([]byte, tc.out), Stderr: make([]byte, tc.err)}, tc.budget)
-		if len(r.Stdout) != tc.wantOut || len(r.Stderr) != tc.wantErr {
-			t.Errorf("%d and %d in %d: got %d and %d", tc.out, tc.err, tc.budget, len(r.Stdout), len(r.Stderr))
+		out, err := strings.Repeat("o", tc.out), strings.Repeat("e", tc.err)
+		r := fitExec(&runtime.ExecSyncResponse{Stdout: []byte(out), Stderr: []byte(err)}, 220)
+		wantErr := err[:tc.wantErr]
+		if tc.out+tc.err > 220 {
+			wantErr += note
+		}
+		if string(r.Stdout) != out[:tc.wantOut] || string(r.Stderr) != wantErr {
+			t.Errorf("%d and %d: got %d bytes and %q", tc.out, tc.err, len(r.Stdout), r.Stderr)
 		}
 	}
 }

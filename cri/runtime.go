@@ -2,6 +2,7 @@ package cri
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -126,23 +127,27 @@ func (s *runtimeService) ExecSync(ctx context.Context, r *runtime.ExecSyncReques
 // generously.
 const execFraming = 64
 
-// fitExec cuts output so that the answer can be sent: each stream is allowed
-// 16 MiB by the interface, and so is the whole message by gRPC. The longer
-// stream loses first; the interface wants output cut without an error.
+// fitExec cuts output so that the answer can be sent, and says so at the end of
+// stderr: each stream is allowed 16 MiB by the interface, and so is the whole
+// message by gRPC. The longer stream loses first; the interface wants output cut
+// without an error.
 func fitExec(r *runtime.ExecSyncResponse, budget int) *runtime.ExecSyncResponse {
-	over := len(r.GetStdout()) + len(r.GetStderr()) - budget
-	if over <= 0 {
+	if len(r.GetStdout())+len(r.GetStderr()) <= budget {
 		return r
 	}
+	note := fmt.Sprintf("\n[output cut off at %d bytes of both streams]\n", budget)
+	budget -= len(note)
+	over := len(r.GetStdout()) + len(r.GetStderr()) - budget
 	long, short := &r.Stdout, &r.Stderr
 	if len(*short) > len(*long) {
 		long, short = short, long
 	}
 	if n := len(*long) - over; n >= len(*short) {
 		*long = (*long)[:n]
-		return r
+	} else {
+		*long, *short = (*long)[:budget/2], (*short)[:budget/2]
 	}
-	*long, *short = (*long)[:budget/2], (*short)[:budget/2]
+	r.Stderr = append(r.Stderr, note...)
 	return r
 }
 

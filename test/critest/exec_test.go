@@ -73,15 +73,53 @@ func TestExecNotFound(t *testing.T) {
 func TestExecTimeout(t *testing.T) {
 	b := open(t)
 	c := b.pod().run(sh("sleep 300"))
+	c.exec("sh", "-c", "sleep 4566 >/dev/null 2>&1 &") // another exec's child
 	begin := time.Now()
-	_, err := c.tryExec(1, "sh", "-c", "sleep 4567 & sleep 4568")
+	_, err := c.tryExec(1, "sh", "-c", "sleep 4567 & setsid sleep 4569 >/dev/null 2>&1 & sleep 4568")
 	b.refused(err, codes.DeadlineExceeded)
 	if d := time.Since(begin); d < 900*time.Millisecond || d > 6*time.Second {
 		t.Errorf("took %v, want about a second", d)
 	}
-	b.until("end of the main process of the exec", func() bool { return !strings.Contains(c.exec("ps", "-o", "args"), "sleep 4568") })
+	processes := func() string { return c.exec("ps", "-o", "args") }
+	b.until("end of the main process of the exec", func() bool { return !strings.Contains(processes(), "sleep 4568") })
+	if b.node != nil {
+		b.until("end of its children", func() bool {
+			now := processes()
+			return !strings.Contains(now, "sleep 4567") && !strings.Contains(now, "sleep 4569")
+		})
+	}
+	if now := processes(); !strings.Contains(now, "sleep 4566") || !strings.Contains(now, "sleep 300") {
+		t.Errorf("more than the exec was killed: %s", now)
+	}
 	if st := c.status(); st.State != running {
 		t.Errorf("container is %v after an exec that timed out", st.State)
+	}
+}
+
+// TestExecIdentity: an exec is the container's user with its groups, in its cgroup
+// and namespaces, and may do what the container may.
+func TestExecIdentity(t *testing.T) {
+	b := open(t)
+	c := b.pod().run(sh("/guest ids > /tmp/main; cat /proc/self/cgroup > /tmp/cgroup; sleep 300"), func(c *runtime.ContainerConfig) {
+		c.Linux.SecurityContext.RunAsUser = &runtime.Int64Value{Value: 1234}
+		c.Linux.SecurityContext.RunAsGroup = &runtime.Int64Value{Value: 2345}
+		c.Linux.SecurityContext.SupplementalGroups = []int64{3456, 4567}
+	})
+	b.until("container's own IDs", func() bool { return strings.Contains(c.exec("cat", "/tmp/cgroup"), "\n") })
+	if got := c.exec("/guest", "ids"); got != c.exec("cat", "/tmp/main") || !strings.Contains(got, "uid 1234 euid 1234 gid 2345") ||
+		!strings.Contains(got, "3456") || !strings.Contains(got, "4567") {
+		t.Errorf("exec has %q, the container %q", got, c.exec("cat", "/tmp/main"))
+	}
+	if got, want := c.exec("cat", "/proc/self/cgroup"), c.exec("cat", "/tmp/cgroup"); got != want {
+		t.Errorf("exec is in %q, the container in %q", got, want)
+	}
+	for _, ns := range []string{"mnt", "net", "ipc", "uts", "pid"} {
+		if got, want := c.exec("readlink", "/proc/self/ns/"+ns), c.exec("readlink", "/proc/1/ns/"+ns); got != want {
+			t.Errorf("namespace %s: %s, want %s", ns, got, want)
+		}
+	}
+	if r, err := c.tryExec(10, "sh", "-c", "echo x > /etc/passwd"); err != nil || r.ExitCode == 0 {
+		t.Errorf("a user without rights wrote a file of root's: %v, %v", r, err)
 	}
 }
 
@@ -102,19 +140,35 @@ func TestExecBackgroundChild(t *testing.T) {
 	}
 }
 
-// TestExecOutputLimit: output beyond 16 MiB is cut, not collected.
+// TestExecOutputLimit: output beyond 16 MiB is cut, not collected, and the answer
+// says so.
 func TestExecOutputLimit(t *testing.T) {
 	b := open(t)
 	b.ours()
 	const limit = 16 << 20
 	c := b.pod().run(sh("sleep 300"))
-	r, err := c.tryExec(60, "/guest", "flood", fmt.Sprint(3*limit), "100")
-	b.must(err)
-	if len(r.Stdout) > limit || len(r.Stdout) < limit-4096 {
-		t.Errorf("%d bytes of output, limit %d", len(r.Stdout), limit)
-	}
-	if r.ExitCode != 0 {
-		t.Errorf("exit code %d, want 0: the command is not to notice", r.ExitCode)
+	for _, x := range []struct {
+		name    string
+		command []string
+		cut     bool
+	}{
+		{"below", []string{"/guest", "flood", fmt.Sprint(limit / 4), "100"}, false},
+		{"stdout", []string{"/guest", "flood", fmt.Sprint(3 * limit), "100"}, true},
+		{"stderr", sh(fmt.Sprintf("/guest flood %d 100 >&2", 3*limit)), true},
+		{"both, each too much", sh(fmt.Sprintf("/guest flood %d 100; /guest flood %d 100 >&2", 3*limit, 3*limit)), true},
+		{"both together more than a message", sh(fmt.Sprintf("/guest flood %d 100; /guest flood %d 100 >&2", limit/4*3, limit/4*3)), true},
+	} {
+		r, err := c.tryExec(60, x.command...)
+		b.must(err)
+		if n := len(r.Stdout) + len(r.Stderr); n > limit || x.cut && n < limit-4096 {
+			t.Errorf("%s: %d bytes of output, limit %d", x.name, n, limit)
+		}
+		if said := strings.Contains(string(r.Stderr[max(0, len(r.Stderr)-200):]), "\n[output cut off at "); said != x.cut {
+			t.Errorf("%s: the answer says that it was cut: %v, want %v", x.name, said, x.cut)
+		}
+		if r.ExitCode != 0 {
+			t.Errorf("%s: exit code %d, want 0: the command is not to notice", x.name, r.ExitCode)
+		}
 	}
 }
 
