@@ -1,0 +1,180 @@
+package critest
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/berthd/berth/test/images"
+	"github.com/berthd/berth/test/node"
+)
+
+// probes is how many commands TestProbes runs: as many as BERTH_PROBES says.
+const probes = 400
+
+// holding is what a daemon and the shim of a container have taken.
+type holding struct {
+	goroutines, daemonFiles, shimFiles, zombies int
+}
+
+// TestProbes: a container that was probed long leaves nothing: no zombie, no file
+// descriptor, no goroutine. The probes succeed, fail, leave a child behind that keeps
+// their output, and are killed when their time is up.
+func TestProbes(t *testing.T) {
+	b := open(t)
+	b.ours()
+	n := probes
+	if text := os.Getenv("BERTH_PROBES"); text != "" {
+		var err error
+		n, err = strconv.Atoi(text)
+		b.must(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience+time.Duration(n)*200*time.Millisecond)
+	defer cancel()
+	b, metrics := b.ownNode(ctx)
+	c := b.pod().run(sh("while true; do sleep 1; done")) // its process 1 waits for orphans
+	c.probe(40)
+	before := c.holds(metrics)
+	c.probe(n)
+	var after holding
+	b.until(fmt.Sprintf("as little as before the probes, %+v", before), func() bool {
+		after = c.holds(metrics)
+		return after.zombies == 0 && after.goroutines <= before.goroutines+3 && after.daemonFiles <= before.daemonFiles && after.shimFiles <= before.shimFiles
+	})
+	t.Logf("%d probes: before %+v, after %+v", n, before, after)
+	if got := c.exec("ps", "-o", "args"); strings.Contains(got, "sleep 0.") || strings.Contains(got, "sleep 50") {
+		t.Errorf("processes of probes are left: %s", got)
+	}
+}
+
+// ownNode is a box with a daemon that no other test uses, and the socket of its
+// metrics.
+func (b *box) ownNode(ctx context.Context) (*box, string) {
+	b.Helper()
+	own, metrics := *b.suite, filepath.Join(b.TempDir(), "m")
+	var err error
+	own.node, err = node.New(node.Options{Bin: b.bin, Registries: []string{b.registry.Addr()},
+		Config: fmt.Sprintf("metrics_listen = \"unix:%s\"\nexec_drain = \"50ms\"\n", metrics)})
+	b.must(err)
+	b.Cleanup(func() { b.must(own.node.Close()) })
+	b.must(own.node.Start(ctx))
+	own.client, err = own.node.Client()
+	b.must(err)
+	own.endpoint, own.parent, own.logs = own.node.Socket, own.node.Parent, own.node.LogDir
+	out := &box{T: b.T, suite: &own, ctx: ctx}
+	out.pull(out.ref(images.Busybox))
+	return out, metrics
+}
+
+// probe runs n commands, some at a time.
+func (c *container) probe(n int) {
+	c.Helper()
+	kinds := []struct {
+		command []string
+		code    int32
+	}{
+		{[]string{"true"}, 0}, {[]string{"false"}, 1}, {sh("sleep 0.3 & exit 0"), 0}, {sh("sleep 0.1 | cat; exit 7"), 7},
+		{sh("setsid sleep 0.3 >/dev/null 2>&1 & kill -9 $$"), 137},
+	}
+	next := make(chan int)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for i := range next {
+				if i%100 == 99 {
+					if _, err := c.tryExec(1, "sh", "-c", "sleep 50 & sleep 50"); err == nil {
+						c.Error("a probe that hangs has no error")
+					}
+					continue
+				}
+				k := kinds[i%len(kinds)]
+				if r, err := c.tryExec(30, k.command...); err != nil || r.ExitCode != k.code {
+					c.Errorf("probe %d: exit code %d, want %d, %v", i, r.GetExitCode(), k.code, err)
+				}
+			}
+		})
+	}
+	for i := range n {
+		next <- i
+	}
+	close(next)
+	wg.Wait()
+}
+
+// holds counts. The connection that it asks over is part of the count each time.
+func (c *container) holds(metrics string) holding {
+	c.Helper()
+	r, err := c.client.ContainerStatus(c.ctx, &runtime.ContainerStatusRequest{ContainerId: c.id, Verbose: true})
+	c.must(err)
+	var info struct {
+		ShimPid int `json:"shimPid"`
+	}
+	c.must(json.Unmarshal([]byte(r.Info["info"]), &info))
+	files, err := c.node.Files()
+	c.must(err)
+	shim, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", info.ShimPid))
+	c.must(err)
+	return holding{c.goroutines(metrics), files, len(shim), c.zombies(c.node.Pid(), info.ShimPid)}
+}
+
+// goroutines asks the daemon's metrics.
+func (c *container) goroutines(metrics string) int {
+	c.Helper()
+	h := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", metrics)
+	}}}
+	r, err := h.Get("http://metrics/metrics")
+	c.must(err)
+	defer r.Body.Close()
+	text, err := io.ReadAll(r.Body)
+	c.must(err)
+	for line := range strings.Lines(string(text)) {
+		if v, ok := strings.CutPrefix(line, "go_goroutines "); ok {
+			n, err := strconv.Atoi(strings.TrimSpace(v))
+			c.must(err)
+			return n
+		}
+	}
+	c.Fatal("the metrics do not count goroutines")
+	return 0
+}
+
+// zombies counts the dead children that these processes, or any of the container,
+// have not waited for.
+func (c *container) zombies(parents ...int) int {
+	c.Helper()
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	c.must(err)
+	n := 0
+	for _, name := range stats {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			continue
+		}
+		f := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+		if f[0] != "Z" {
+			continue
+		}
+		group, _ := os.ReadFile(filepath.Join(filepath.Dir(name), "cgroup"))
+		ours := strings.Contains(string(group), c.id)
+		for _, p := range parents {
+			ours = ours || f[1] == strconv.Itoa(p)
+		}
+		if ours {
+			n++
+		}
+	}
+	return n
+}
