@@ -46,8 +46,9 @@ func TestConnectVersions(t *testing.T) {
 		want            error
 	}{
 		{1, 1, nil},
+		{3, 2, nil},
 		{5, 1, nil}, // a later shim that still speaks version 1
-		{5, 2, shim.ErrUnsupported},
+		{5, 3, shim.ErrUnsupported},
 		{0, 0, shim.ErrUnsupported},
 	}
 	for _, test := range tests {

@@ -13,6 +13,9 @@ type ExecRequest struct {
 	// Process is the process object of the OCI runtime-spec as JSON, at
 	// most 8 MiB. Its terminal must be false.
 	Process []byte
+	// Image says the same for a shim that can start it by itself; nil leaves
+	// it to the OCI runtime, as a shim of an older version does in any case.
+	Image *ExecImage
 	// Timeout, counted from the shim's receipt, after which the process and
 	// all of its descendants are killed; 0 is none.
 	Timeout time.Duration
@@ -30,6 +33,8 @@ type ExecResult struct {
 	Stdout, Stderr                   []byte
 	StdoutTruncated, StderrTruncated bool
 	TimedOut                         bool
+	// Native says that the shim started the process without the OCI runtime.
+	Native bool
 }
 
 // cancelTimeout bounds the sending of a cancel for a caller that has gone.
@@ -59,7 +64,7 @@ func (c *Client) Exec(ctx context.Context, r ExecRequest) (ExecResult, error) {
 	var id uint32
 	body, err := c.ask(ctx, "exec", wire.TypeExecResult, part, func(b *wire.Builder, n uint32) error {
 		id = n
-		return appendExec(b, n, r)
+		return c.appendExec(b, n, r)
 	})
 	if err != nil {
 		c.cancelIfEnded(ctx, err, id)
@@ -70,25 +75,42 @@ func (c *Client) Exec(ctx context.Context, r ExecRequest) (ExecResult, error) {
 	if err := w.Decode(body); err != nil {
 		return ExecResult{}, fmt.Errorf("shim exec: %w", err)
 	}
-	res.ExitCode, res.TimedOut = w.ExitCode, w.TimedOut
+	res.ExitCode, res.TimedOut, res.Native = w.ExitCode, w.TimedOut, w.Native
 	res.StdoutTruncated = res.StdoutTruncated || w.StdoutTruncated
 	res.StderrTruncated = res.StderrTruncated || w.StderrTruncated
 	return res, nil
 }
 
-func appendExec(b *wire.Builder, id uint32, r ExecRequest) error {
-	if err := appendProcess(b, id, r.Process); err != nil {
+func (c *Client) appendExec(b *wire.Builder, id uint32, r ExecRequest) error {
+	if err := c.appendProcess(b, id, r.Process, r.Image); err != nil {
 		return err
 	}
 	return wire.Exec{Timeout: r.Timeout, Drain: r.Drain, MaxOutput: r.MaxOutput}.Append(b, id)
 }
 
-// appendProcess appends the process file of an exec, in pieces.
-func appendProcess(b *wire.Builder, id uint32, p []byte) error {
+// appendProcess appends the process file of an exec and what else is said of it.
+func (c *Client) appendProcess(b *wire.Builder, id uint32, p []byte, m *ExecImage) error {
+	if m != nil && c.hello.Version >= versionImage {
+		image, err := m.Append(nil)
+		if err != nil {
+			return fmt.Errorf("image: %w", err)
+		}
+		if err := appendData(b, id, wire.TagImage, image); err != nil {
+			return err
+		}
+	}
+	return appendData(b, id, wire.TagData, p)
+}
+
+// versionImage is the protocol that has images.
+const versionImage = 2
+
+// appendData appends a file of an exec, in pieces.
+func appendData(b *wire.Builder, id uint32, tag byte, p []byte) error {
 	for len(p) > 0 {
 		n := min(len(p), wire.MaxChunk)
 		b.Begin(wire.TypeExecData, id)
-		b.Bytes(wire.TagData, p[:n])
+		b.Bytes(tag, p[:n])
 		if err := b.End(); err != nil {
 			return err
 		}

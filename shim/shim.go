@@ -47,6 +47,10 @@ type (
 	Mount = wire.Mount
 	// Launched tells what Run started.
 	Launched = wire.Launched
+	// ExecImage tells a shim how to start a process by itself.
+	ExecImage = wire.ExecImage
+	// Rlimit is a resource limit of prlimit(2).
+	Rlimit = wire.Rlimit
 	// Exit tells how a container ended.
 	Exit = wire.Exit
 	// State is a shim's view of its container.

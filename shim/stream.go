@@ -13,6 +13,8 @@ import (
 type StreamRequest struct {
 	// Process is as in ExecRequest. Its terminal is true when Console is set.
 	Process []byte
+	// Image is as in ExecRequest, and not used with Console.
+	Image *ExecImage
 	// Stdio are its stdin, stdout and stderr, all set unless Console is. They
 	// are the process's own from then on: the shim neither reads nor writes
 	// them. ExecStream closes them.
@@ -39,7 +41,7 @@ func (c *Client) ExecStream(ctx context.Context, r StreamRequest, started func()
 	var id uint32
 	body, err := c.ask(ctx, "exec", wire.TypeExecResult, whenStarted(started), func(b *wire.Builder, n uint32) error {
 		id = n
-		if err := appendProcess(b, n, r.Process); err != nil {
+		if err := c.appendProcess(b, n, r.Process, r.Image); err != nil {
 			return err
 		}
 		return wire.Exec{Stream: true, Console: r.Console}.Append(b, n)

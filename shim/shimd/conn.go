@@ -31,6 +31,7 @@ type conn struct {
 // upload is the process file of an exec, before the exec itself.
 type upload struct {
 	call uint32
+	tag  byte // wire.TagData, wire.TagImage
 	fd   int
 	size int
 }
@@ -339,36 +340,36 @@ func (c *conn) flush() {
 // upload collects the process file of an exec in memory that is not the heap.
 func (c *conn) upload(f wire.Frame) bool {
 	tag, data, err := f.Body.Next()
-	if err != nil || tag != wire.TagData {
+	if err != nil || tag != wire.TagData && tag != wire.TagImage {
 		return false
 	}
-	u := c.uploadOf(f.Call)
+	u := c.uploadOf(f.Call, tag)
 	if u == nil {
 		fd, err := unix.MemfdCreate("process", unix.MFD_CLOEXEC)
 		if err != nil || len(c.uploads) >= maxUploads {
 			unix.Close(fd)
 			return false
 		}
-		c.uploads = append(c.uploads, upload{call: f.Call, fd: fd})
+		c.uploads = append(c.uploads, upload{call: f.Call, tag: tag, fd: fd})
 		u = &c.uploads[len(c.uploads)-1]
 	}
 	u.size += len(data)
 	return u.size <= maxProcess && writeAll(u.fd, data) == nil
 }
 
-func (c *conn) uploadOf(call uint32) *upload {
+func (c *conn) uploadOf(call uint32, tag byte) *upload {
 	for i := range c.uploads {
-		if c.uploads[i].call == call {
+		if c.uploads[i].call == call && c.uploads[i].tag == tag {
 			return &c.uploads[i]
 		}
 	}
 	return nil
 }
 
-// takeUpload hands the process file of a call over, -1 if there is none.
-func (c *conn) takeUpload(call uint32) int {
+// takeUpload hands a file of a call over, -1 if there is none.
+func (c *conn) takeUpload(call uint32, tag byte) int {
 	for i, u := range c.uploads {
-		if u.call == call {
+		if u.call == call && u.tag == tag {
 			c.uploads = append(c.uploads[:i], c.uploads[i+1:]...)
 			return u.fd
 		}

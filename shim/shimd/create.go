@@ -99,6 +99,9 @@ func (s *shim) runCreate() *stepError {
 func (r *report) explain(j *job) *stepError {
 	msg := unix.Errno(r.errno).Error()
 	l := &j.s.l
+	if r.at <= atAffinity {
+		return fail(wire.CodeInternal, j.step, "native step "+itoa(int(atAffinity-r.at))+": "+msg)
+	}
 	switch r.at {
 	case atUnshare:
 		return fail(wire.CodeInternal, "mount namespace", msg)
@@ -210,6 +213,7 @@ func (s *shim) start(p pending) *stepError {
 		return fail(wire.CodeState, "", "container is "+s.status+", not created")
 	}
 	s.starting = true
+	s.watchFilter()
 	done := func(e *stepError) {
 		s.starting = false
 		if e == nil && s.status == wire.StatusCreated {

@@ -14,6 +14,7 @@ const (
 	maxProcess  = 8 << 20 // bytes of the process file
 	maxExecs    = 256     // at once
 	stepExec    = "runtime exec"
+	stepNative  = "exec"
 	killedDrain = 100 * time.Millisecond // for output after a kill
 )
 
@@ -31,14 +32,17 @@ type exec struct {
 	pid     int    // of the process, 0 before it is known and after its end
 	pidFile []byte // name in the bundle, with a NUL
 	process int    // memory file, -1 when it is closed
+	native  *job   // starts it without the runtime
+	image   int    // memory file for that, -1 for none
 	stream  bool   // its stdio is the client's, and the shim has no part in it
-	stdio   [3]int // if so, until the runtime has them; -1 for none
+	stdio   [3]int // its ends, until it has them; -1 for none
 	console string // if so, the socket for its pty
 	out     [2]execStream
 	max     int64
 	drain   time.Duration
 
 	limit, grace     timer
+	byItself         bool // started without the runtime
 	killed, timedOut bool
 	ended            bool // the process was reaped
 	over             bool // answered
@@ -64,6 +68,8 @@ func (s *shim) newExec() *exec {
 	x := &exec{s: s, pidFile: []byte("exec-" + itoa(s.execSeq) + ".pid\x00")}
 	x.job = s.newJob(stepExec, x.started)
 	x.job.hands = true
+	x.native = s.newJob(stepNative, x.startedNative)
+	x.native.hands, x.native.log = true, -1
 	x.onEnd = x.reaped
 	x.limit.fire = func() {
 		x.timedOut = true
@@ -78,7 +84,7 @@ func (s *shim) newExec() *exec {
 
 // exec starts a process. The answer comes when it has ended.
 func (s *shim) exec(p pending, body wire.Fields) *stepError {
-	process := p.c.takeUpload(p.call)
+	process, image := p.c.takeUpload(p.call, wire.TagData), p.c.takeUpload(p.call, wire.TagImage)
 	var r wire.Exec
 	var e *stepError
 	err := r.Decode(body)
@@ -97,7 +103,8 @@ func (s *shim) exec(p pending, body wire.Fields) *stepError {
 		e = fail(wire.CodeBusy, "", itoa(maxExecs)+" execs are running")
 	}
 	if e != nil {
-		unix.Close(process)
+		closeFD(process)
+		closeFD(image)
 		closeFDs(stdio)
 		return e
 	}
@@ -105,8 +112,8 @@ func (s *shim) exec(p pending, body wire.Fields) *stepError {
 		r.Drain = defaultDrain
 	}
 	x := s.newExec()
-	x.p, x.c, x.process, x.max, x.drain = p, p.c, process, r.MaxOutput, r.Drain
-	x.killed, x.timedOut, x.ended, x.over, x.status = false, false, false, false, 0
+	x.p, x.c, x.process, x.image, x.max, x.drain = p, p.c, process, image, r.MaxOutput, r.Drain
+	x.killed, x.timedOut, x.ended, x.over, x.byItself, x.status = false, false, false, false, false, 0
 	x.stream, x.console, x.stdio = r.Stream, r.Console, [3]int{-1, -1, -1}
 	copy(x.stdio[:], stdio)
 	if e := x.start(); e != nil {
@@ -123,39 +130,21 @@ func (s *shim) exec(p pending, body wire.Fields) *stepError {
 }
 
 func (x *exec) start() *stepError {
-	plan := forkPlan{stdio: x.stdio}
-	x.stdio = [3]int{-1, -1, -1}
 	var err error
 	for i := range x.out {
 		o := &x.out[i]
 		o.fd, o.sent, o.cut = -1, 0, false
 		if err == nil && !x.stream {
-			o.fd, plan.stdio[i+1], err = pipe(false)
+			o.fd, x.stdio[i+1], err = pipe(false)
 		}
 	}
-	ends := plan.stdio
-	e := (*stepError)(nil)
 	if err != nil {
-		e = failErr("stdio", err)
-	} else if e = x.job.begin(); e == nil {
-		s, c := x.s, &x.s.cmd
-		c.add("exec", "--process")
-		c.begin().fd(x.process).end()
-		c.add("--pid-file")
-		c.begin().str(s.l.Bundle).str("/").str(string(x.pidFile[:len(x.pidFile)-1])).end()
-		if x.console != "" {
-			c.add("--console-socket", x.console)
-		}
-		c.add("--detach", s.l.ID)
-		e = x.job.run(&plan, s.l.CreateTimeout)
+		return failErr("stdio", err)
 	}
-	for _, fd := range ends {
-		if fd >= 0 {
-			unix.Close(fd)
+	if !x.startNative() {
+		if e := x.startRuntime(); e != nil {
+			return e
 		}
-	}
-	if e != nil {
-		return e
 	}
 	for i := range x.out {
 		if !x.stream {
@@ -165,13 +154,85 @@ func (x *exec) start() *stepError {
 	return nil
 }
 
+// startNative begins to start the process without the runtime. It returns false
+// when the runtime is to do it.
+func (x *exec) startNative() bool {
+	s := x.s
+	if x.image < 0 || s.noNative || x.console != "" {
+		return false
+	}
+	n, err := s.mapNative(x.image)
+	if err != nil {
+		return false
+	}
+	e := x.native.fork(&forkPlan{stdio: x.stdio, native: n}, s.l.CreateTimeout)
+	n.unmap()
+	return e == nil
+}
+
+// startedNative is called when the process runs or could not be started. Then
+// nothing of it has run, so that the runtime can be asked, and say why.
+func (x *exec) startedNative(e *stepError) {
+	pid := x.native.second()
+	if e == nil || x.over || x.killed || e.Code == wire.CodeTimeout {
+		if e != nil && pid > 0 {
+			killTree(pid) // it was on its way when its starter was killed
+		}
+		x.closeStdio()
+		x.byItself = e == nil
+		x.begun(e, pid)
+		return
+	}
+	if r := &reports[x.native.slot]; r.errno == int32(unix.ENOSYS) || r.at == atSetns && r.errno == int32(unix.EINVAL) {
+		x.s.noNative = true
+	}
+	if e := x.startRuntime(); e != nil {
+		x.finish(e)
+	}
+}
+
+func (x *exec) startRuntime() *stepError {
+	if e := x.job.begin(); e != nil {
+		return e
+	}
+	s, c := x.s, &x.s.cmd
+	c.add("exec", "--process")
+	c.begin().fd(x.process).end()
+	c.add("--pid-file")
+	c.begin().str(s.l.Bundle).str("/").str(string(x.pidFile[:len(x.pidFile)-1])).end()
+	if x.console != "" {
+		c.add("--console-socket", x.console)
+	}
+	c.add("--detach", s.l.ID)
+	e := x.job.run(&forkPlan{stdio: x.stdio}, s.l.CreateTimeout)
+	if e == nil {
+		x.closeStdio()
+	}
+	return e
+}
+
+// closeStdio closes the process's ends, which it has by now or will never get.
+func (x *exec) closeStdio() {
+	for i, fd := range x.stdio {
+		closeFD(fd)
+		x.stdio[i] = -1
+	}
+}
+
 // started is called when the runtime has ended.
 func (x *exec) started(e *stepError) {
-	unix.Close(x.process)
-	x.process = -1
+	pid := 0
 	if e == nil {
-		pid, err := readPid(x.s.bundle, x.pidFile)
-		if err == nil && x.s.adopt(pid, x.onEnd) {
+		pid, _ = readPid(x.s.bundle, x.pidFile)
+	}
+	x.begun(e, pid)
+}
+
+// begun is called when what starts the process has ended.
+func (x *exec) begun(e *stepError, pid int) {
+	x.closeFiles()
+	if e == nil {
+		if pid > 0 && x.s.adopt(pid, x.onEnd) {
 			x.pid = pid
 			if x.killed {
 				killTree(pid)
@@ -180,7 +241,7 @@ func (x *exec) started(e *stepError) {
 			}
 			return
 		}
-		e = fail(wire.CodeRuntime, stepExec, "did not leave a process with a pid file")
+		e = fail(wire.CodeRuntime, stepExec, "did not leave a process with a pid")
 	}
 	if x.over {
 		x.release()
@@ -279,8 +340,10 @@ func (x *exec) kill() {
 	switch {
 	case x.pid > 0:
 		killTree(x.pid)
+	case x.native.pid > 0:
+		x.native.kill()
 	case x.job.pid > 0:
-		killTree(x.job.pid)
+		x.job.kill()
 	}
 }
 
@@ -302,9 +365,8 @@ func (s *shim) cancel(p pending) {
 		s.dropStdin()
 		return
 	}
-	if fd := p.c.takeUpload(p.call); fd >= 0 {
-		unix.Close(fd)
-	}
+	closeFD(p.c.takeUpload(p.call, wire.TagData))
+	closeFD(p.c.takeUpload(p.call, wire.TagImage))
 }
 
 // finish answers, with e if that is not nil, and forgets the exec.
@@ -343,6 +405,7 @@ func (x *exec) finish(e *stepError) {
 			StdoutTruncated: x.out[0].cut,
 			StderrTruncated: x.out[1].cut,
 			TimedOut:        x.timedOut,
+			Native:          x.byItself,
 		}
 		r.Append(b, x.p.call)
 		x.c.send(b.Buf)
@@ -362,17 +425,24 @@ func (x *exec) closeAll() {
 		x.s.loop.close(x.out[i].fd)
 		x.out[i].fd = -1
 	}
+	x.closeStdio()
 	if x.job.pid == 0 { // else the runtime may still read it
-		unix.Close(x.process)
-		x.process = -1
+		x.closeFiles()
 		unlinkAt(x.s.bundle, x.pidFile)
 	}
+}
+
+// closeFiles closes the descriptions of the process.
+func (x *exec) closeFiles() {
+	closeFD(x.process)
+	closeFD(x.image)
+	x.process, x.image = -1, -1
 }
 
 // release makes x available again once nothing of it is left: one that was
 // given up comes here when its process ends at last, or never.
 func (x *exec) release() {
-	if !x.over || x.job.pid > 0 || x.pid > 0 {
+	if !x.over || x.native.pid > 0 || x.job.pid > 0 || x.pid > 0 {
 		return
 	}
 	x.p, x.c = pending{}, nil

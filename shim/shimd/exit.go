@@ -39,6 +39,8 @@ func (s *shim) initEnded(ws unix.WaitStatus) {
 	}
 	unix.Close(s.initFD)
 	s.initFD = -1
+	s.filter.untrace()
+	s.dropFilter()
 	if !s.l.PrivatePID {
 		s.killRest(0)
 	}

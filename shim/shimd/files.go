@@ -70,6 +70,13 @@ func (c *conn) takeFiles(n int) ([]int, bool) {
 
 func closeFDs(fds []int) {
 	for _, fd := range fds {
+		closeFD(fd)
+	}
+}
+
+// closeFD closes fd unless it is -1.
+func closeFD(fd int) {
+	if fd >= 0 {
 		unix.Close(fd)
 	}
 }

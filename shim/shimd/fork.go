@@ -27,6 +27,7 @@ type forkPlan struct {
 	stdio   [3]int // descriptors above 2, or -1 to keep the shim's
 	argv    []*byte
 	envv    []*byte
+	native  *nativeStart // instead of all above but stdio
 	report  *report
 	mask    uint64
 }
@@ -42,6 +43,7 @@ type mountCall struct {
 type report struct {
 	at    int32
 	errno int32 // 0 while nothing has failed
+	pid   int32 // of the second child of a native start
 }
 
 const (
@@ -187,7 +189,15 @@ func fork(p *forkPlan) (uintptr, unix.Errno) {
 		unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&p.mask)), 0, 8, 0, 0)
 		return pid, errno
 	}
-	p.report.at, p.report.errno = child(p)
+	if p.native != nil {
+		at, errno := join(p)
+		if at == inSecond {
+			at, errno = become(p)
+		}
+		p.report.at, p.report.errno = at, errno
+	} else {
+		p.report.at, p.report.errno = child(p)
+	}
 	for {
 		unix.RawSyscall(unix.SYS_EXIT_GROUP, failed, 0, 0)
 	}

@@ -65,6 +65,14 @@ func (j *job) begin() *stepError {
 // run starts the command, for at most limit when that is not 0. What the plan
 // says of stdio counts; with no stderr that goes to the job's log.
 func (j *job) run(p *forkPlan, limit time.Duration) *stepError {
+	if p.stdio[2] < 0 {
+		p.stdio[2] = j.log
+	}
+	p.argv, p.envv = j.s.cmd.pointers(), j.s.env
+	return j.fork(p, limit)
+}
+
+func (j *job) fork(p *forkPlan, limit time.Duration) *stepError {
 	s := j.s
 	j.slot = s.freeSlot()
 	if j.slot < 0 {
@@ -72,10 +80,7 @@ func (j *job) run(p *forkPlan, limit time.Duration) *stepError {
 		return fail(wire.CodeBusy, j.step, "too many at once")
 	}
 	reports[j.slot] = report{}
-	if p.stdio[2] < 0 {
-		p.stdio[2] = j.log
-	}
-	p.report, p.argv, p.envv = &reports[j.slot], s.cmd.pointers(), s.env
+	p.report = &reports[j.slot]
 	pid, errno := fork(p)
 	if errno != 0 {
 		unix.Close(j.log)
@@ -134,9 +139,20 @@ func (j *job) stop(code wire.Code, why string) {
 		return
 	}
 	j.why = fail(code, j.step, why)
-	killTree(j.pid)
+	j.kill()
 	j.s.loop.arm(&j.limit, killWait)
 }
+
+// kill kills a running job and what it may have left to the shim already.
+func (j *job) kill() {
+	killTree(j.pid)
+	if pid := j.second(); pid > 0 {
+		killTree(pid)
+	}
+}
+
+// second is the process that a native start made, 0 for none.
+func (j *job) second() int { return int(reports[j.slot].pid) }
 
 func (j *job) reaped(ws unix.WaitStatus) {
 	switch {

@@ -56,6 +56,10 @@ func (s *shim) reap() {
 		if pid <= 0 {
 			return
 		}
+		if ws.Stopped() {
+			s.stopped(pid, ws)
+			continue
+		}
 		s.reaped(pid, ws)
 	}
 }
@@ -65,6 +69,10 @@ func (s *shim) reapKnown() bool {
 	for _, c := range s.children {
 		var ws unix.WaitStatus
 		got, err := unix.Wait4(c.pid, &ws, unix.WNOHANG, nil)
+		if got == c.pid && err == nil && ws.Stopped() {
+			s.stopped(got, ws)
+			return true
+		}
 		if got == c.pid && err == nil {
 			s.reaped(got, ws)
 			return true

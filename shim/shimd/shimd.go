@@ -64,6 +64,8 @@ type shim struct {
 	attached []*attachment
 	log      *logFile
 	oom      oomWatch
+	filter   filter
+	noNative bool // the kernel lacks something that native starts need
 	execs    []*exec
 	spare    []*exec // to be used again
 	execSeq  int
@@ -79,7 +81,7 @@ type pending struct {
 // Main runs the shim until its container has ended, and does not return.
 func Main() {
 	s := &shim{pid: unix.Getpid(), listener: -1, initFD: -1, bundle: -1}
-	s.stdin.fd = -1
+	s.stdin.fd, s.filter.fd = -1, -1
 	if err := s.setup(); err != nil {
 		syscall.Exit(1)
 	}

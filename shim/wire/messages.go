@@ -45,6 +45,7 @@ type ExecResult struct {
 	ExitCode                         int
 	StdoutTruncated, StderrTruncated bool
 	TimedOut                         bool
+	Native                           bool // started without the OCI runtime
 }
 
 // Stdin carries input for the container's process.
@@ -53,8 +54,12 @@ type Stdin struct {
 	EOF  bool // no more will follow
 }
 
-// TagData is the tag of the payload of ExecData.
-const TagData = 1
+// Tags of the payload of ExecData: a piece of the OCI description of a process, or
+// of its ExecImage.
+const (
+	TagData  = 1
+	TagImage = 2
+)
 
 // A setter stores one field; it is given tags in the order they came.
 type setter func(tag byte, p []byte) error
@@ -155,6 +160,7 @@ func (l Launch) Append(b *Builder, call uint32) error {
 	b.Int(18, int64(l.MaxLogLine))
 	b.Int(19, int64(l.DrainTimeout))
 	b.Int(20, int64(l.CreateTimeout))
+	b.Bool(40, l.KeepFilter)
 	if l.OOMScoreAdj != nil {
 		// One more than twice the value: zero, too, must be said.
 		b.Int(21, int64(*l.OOMScoreAdj)*2+1)
@@ -215,6 +221,8 @@ func (l *Launch) decodeRest(tag byte, p []byte) error {
 		return setDuration(&l.DrainTimeout, p)
 	case 20:
 		return setDuration(&l.CreateTimeout, p)
+	case 40:
+		return setBool(&l.KeepFilter, p)
 	case 21:
 		n, err := Int(p)
 		v := clampInt((n - 1) / 2)
@@ -400,6 +408,7 @@ func (r ExecResult) Append(b *Builder, call uint32) error {
 	b.Bool(2, r.StdoutTruncated)
 	b.Bool(3, r.StderrTruncated)
 	b.Bool(4, r.TimedOut)
+	b.Bool(5, r.Native)
 	return b.End()
 }
 
@@ -414,6 +423,8 @@ func (r *ExecResult) Decode(f Fields) error {
 			return setBool(&r.StderrTruncated, p)
 		case 4:
 			return setBool(&r.TimedOut, p)
+		case 5:
+			return setBool(&r.Native, p)
 		}
 		return nil
 	})

@@ -21,8 +21,10 @@ import (
 // Version is the protocol spoken by this code; MinVersion the oldest one that
 // it still understands. Both sides send theirs in Hello and use the lower
 // Version, or end the connection when that is below either MinVersion.
+//
+// Version 2 has ExecImage, in ExecData under TagImage, and Launch.KeepFilter.
 const (
-	Version    = 1
+	Version    = 2
 	MinVersion = 1
 )
 
@@ -166,6 +168,12 @@ type Launch struct {
 	MaxLogLine    int           // bytes of a log line before it is split; 0 is 16 KiB; 64 B … 64 KiB
 	DrainTimeout  time.Duration // for output after the init's end; 0 is 2 s; at most 1 min
 	CreateTimeout time.Duration // for the runtime's create and start, each; 0 is 2 min; at most 1 h
+
+	// KeepFilter has the shim take down the seccomp filter that the runtime
+	// gives the container, so that it can start processes by itself. To look
+	// at it, the shim traces the init while that executes the container's
+	// program. Where the kernel refuses, the runtime starts all processes.
+	KeepFilter bool
 
 	// OOMScoreAdj is the shim's own, -1000 … 1000; nil leaves it. Where the
 	// kernel does not let it be lowered (no CAP_SYS_RESOURCE), it stays. The
