@@ -57,6 +57,9 @@ type Config struct {
 	// command has ended, zero is 2 s.
 	ExecOutputLimit int64
 	ExecDrain       time.Duration
+	// NativeExec lets shims start processes in containers without the OCI
+	// runtime, where that comes to the same.
+	NativeExec bool
 	// MaxLogLine is the length in bytes at which a line of a container's
 	// output is split in its log; zero is 16384.
 	MaxLogLine int

@@ -71,8 +71,10 @@ type containerPlan struct {
 	image  imageservice.Image
 	rt     ociRuntime
 	group  cgroup.Group
-	in     spec.Container
-	mounts []snapshotter.Mount
+
+	keepFilter bool // for execs without the runtime
+	in         spec.Container
+	mounts     []snapshotter.Mount
 
 	volumes []imageVolume
 	cdi     []string // names of CDI devices
@@ -325,6 +327,7 @@ func (s *Service) writeBundle(plan *containerPlan) error {
 	if err != nil {
 		return err
 	}
+	plan.keepFilter = s.keepsFilter(plan.rt, sp)
 	if err := os.Mkdir(s.stateDir(plan.row.ID), 0o700); err != nil {
 		return err
 	}
@@ -353,7 +356,7 @@ func (s *Service) launch(ctx context.Context, plan *containerPlan) (shim.Launche
 	}
 	l.ExitFile, l.LogPath = s.exitFile(plan.row.ID), plan.row.LogPath
 	l.Terminal, l.Stdin, l.StdinOnce = plan.config.GetTty(), plan.config.GetStdin(), plan.config.GetStdinOnce()
-	l.PrivatePID = plan.row.PrivatePID
+	l.PrivatePID, l.KeepFilter = plan.row.PrivatePID, plan.keepFilter
 	dir, mounts := snapshotter.Compact(labelled(plan.mounts, plan.row.Labels.Mount, l.Bundle))
 	for _, m := range mounts {
 		l.Mounts = append(l.Mounts, shim.Mount{Type: m.Type, Source: m.Source, Options: m.Options, Dir: dir})

@@ -30,7 +30,7 @@ func (s *Service) ExecSync(ctx context.Context, id string, cmd []string, timeout
 	if len(cmd) == 0 {
 		return nil, fmt.Errorf("%w: cmd: must not be empty", ErrInvalid)
 	}
-	process, err := s.execProcess(c, cmd, nil)
+	what, err := s.command(c, cmd, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -38,7 +38,7 @@ func (s *Service) ExecSync(ctx context.Context, id string, cmd []string, timeout
 	if err != nil {
 		return nil, fmt.Errorf("container %s: exec: %w", c.ID, err)
 	}
-	res, err := client.Exec(ctx, shim.ExecRequest{Process: process, Timeout: timeout,
+	res, err := client.Exec(ctx, shim.ExecRequest{Process: what.process, Image: what.image, Timeout: timeout,
 		MaxOutput: s.cfg.ExecOutputLimit, Drain: s.cfg.ExecDrain})
 	if err != nil {
 		return nil, fmt.Errorf("container %s: %w", c.ID, err)
@@ -63,25 +63,6 @@ func (s *Service) running(id string) (*container, error) {
 		return nil, fmt.Errorf("%w: container %s is %s, not running", ErrState, c.ID, c.State)
 	}
 	return c, nil
-}
-
-// execProcess is the OCI process of a command: the container's own, with another
-// command line and, if tty is not nil, with a terminal of that size, which may be
-// unknown. User, groups, capabilities and limits stay.
-func (s *Service) execProcess(c *container, cmd []string, tty *TermSize) ([]byte, error) {
-	sp, err := s.readSpec(c.ID)
-	if err != nil {
-		return nil, err
-	}
-	p := spec.Process(sp.Process, cmd, tty != nil)
-	if tty != nil && tty.Width > 0 && tty.Height > 0 {
-		p.ConsoleSize = &specs.Box{Width: uint(tty.Width), Height: uint(tty.Height)}
-	}
-	out, err := json.Marshal(p)
-	if err != nil {
-		return nil, fmt.Errorf("container %s: exec: %w", c.ID, err)
-	}
-	return out, nil
 }
 
 // readSpec reads the OCI specification that a container was made with.

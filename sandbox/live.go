@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/berthd/berth/shim"
@@ -21,8 +23,9 @@ type live struct {
 // handle is a shim that this daemon talks to.
 type handle struct {
 	client  *shim.Client
-	ended   chan struct{} // closed when the exit is in the book
-	dropped chan struct{} // closed when this daemon has let go of it
+	spec    atomic.Pointer[specs.Spec] // see execSpec
+	ended   chan struct{}              // closed when the exit is in the book
+	dropped chan struct{}              // closed when this daemon has let go of it
 }
 
 func newLive() *live { return &live{m: map[string]*handle{}} }

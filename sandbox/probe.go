@@ -178,6 +178,17 @@ func checkVersion(line string) error {
 	return nil
 }
 
+// runc tells whether it is runc, of this version or a later one.
+func (f runtimeFacts) runc(major, minor int) bool {
+	m := runcVersion.FindStringSubmatch(f.Version)
+	if m == nil {
+		return false
+	}
+	a, _ := strconv.Atoi(m[1])
+	b, _ := strconv.Atoi(m[2])
+	return a > major || a == major && b >= minor
+}
+
 // recursiveReadOnly tells whether the runtime knows the mount option "rro".
 func (f runtimeFacts) recursiveReadOnly() bool {
 	return f.Features != nil && slices.Contains(f.Features.MountOptions, "rro")

@@ -80,7 +80,7 @@ func (s *Service) Exec(ctx context.Context, id string, cmd []string, st Streams)
 }
 
 func (s *Service) execPipes(ctx context.Context, client *shim.Client, c *container, cmd []string, st Streams) (int, error) {
-	process, err := s.execProcess(c, cmd, nil)
+	what, err := s.command(c, cmd, nil)
 	if err != nil {
 		return 0, err
 	}
@@ -90,7 +90,7 @@ func (s *Service) execPipes(ctx context.Context, client *shim.Client, c *contain
 	}
 	defer p.close()
 	run := begin(ctx, func(ctx context.Context, started func()) (int, error) {
-		return client.ExecStream(ctx, shim.StreamRequest{Process: process, Stdio: p.theirs}, started)
+		return client.ExecStream(ctx, shim.StreamRequest{Process: what.process, Image: what.image, Stdio: p.theirs}, started)
 	})
 	// Before the process runs, what comes is the runtime's and no output: if
 	// it fails, that is in the error.

@@ -87,7 +87,7 @@ func ptyIn(oob []byte) (*os.File, error) {
 
 func (s *Service) execTerminal(ctx context.Context, client *shim.Client, c *container, cmd []string, st Streams) (int, error) {
 	size := waitSize(ctx, st.Resize)
-	process, err := s.execProcess(c, cmd, &size)
+	what, err := s.command(c, cmd, &size)
 	if err != nil {
 		return 0, err
 	}
@@ -97,7 +97,7 @@ func (s *Service) execTerminal(ctx context.Context, client *shim.Client, c *cont
 	}
 	defer con.close()
 	run := begin(ctx, func(ctx context.Context, started func()) (int, error) {
-		return client.ExecStream(ctx, shim.StreamRequest{Process: process, Console: con.path}, started)
+		return client.ExecStream(ctx, shim.StreamRequest{Process: what.process, Console: con.path}, started)
 	})
 	var tty *os.File
 	select {

@@ -36,7 +36,7 @@ func (c *config) sandbox() (sandbox.Config, error) {
 		Runtimes: runtimes, DefaultRuntime: c.DefaultRuntime,
 		CgroupDriver: cgroupDriver(c.CgroupDriver),
 		PodTimeout:   c.PodTimeout, ContainerTimeout: c.ContainerTimeout,
-		ExecOutputLimit: c.ExecOutputLimit, ExecDrain: c.ExecDrain,
+		ExecOutputLimit: c.ExecOutputLimit, ExecDrain: c.ExecDrain, NativeExec: c.NativeExec,
 		MaxLogLine:        int(c.MaxLogLine),
 		UnprivilegedPorts: c.UnprivilegedPorts, UnprivilegedICMP: c.UnprivilegedICMP,
 		StatsTTL: c.StatsTTL, CDISpecDirs: c.CDISpecDirs,

@@ -37,6 +37,12 @@ func CapabilityName(n int) string {
 	return knownCapabilities[n]
 }
 
+// CapabilityNumber is the reverse of [CapabilityName].
+func CapabilityNumber(name string) (n int, ok bool) {
+	n = slices.Index(knownCapabilities, name)
+	return n, n >= 0
+}
+
 // Capabilities returns the capability sets of a container by the rules of CRI's
 // Capability message, except that add_capabilities makes nothing inheritable: an
 // inheritable capability can be raised by any program with file capabilities

@@ -247,6 +247,32 @@ func findAccount(passwd []byte, want func(account) bool) (account, bool) {
 	return account{}, false
 }
 
+// Home returns the home directory of the first user with this ID in a passwd
+// file, "/" if there is none. It reads the file as runc does, which takes a
+// missing or malformed ID for 0 and a missing directory for an empty one.
+func Home(passwd []byte, uid uint32) string {
+	for line := range bytes.Lines(passwd) {
+		if len(line) >= 64<<10 {
+			return "/"
+		}
+		f := bytes.Split(bytes.TrimSpace(line), []byte(":"))
+		if len(f[0]) == 0 && len(f) == 1 {
+			continue
+		}
+		id, home := 0, ""
+		if len(f) > 2 {
+			id, _ = strconv.Atoi(string(f[2]))
+		}
+		if len(f) > 5 {
+			home = string(f[5])
+		}
+		if id == int(uid) {
+			return home
+		}
+	}
+	return "/"
+}
+
 // eachGroup calls fn with the usable lines of a group file (group(5):
 // name:password:gid:members) until it returns false.
 func eachGroup(group []byte, fn func(name string, gid uint32, members []byte) bool) {

@@ -193,3 +193,18 @@ func FuzzResolveUser(f *testing.F) {
 		}
 	})
 }
+
+func TestHome(t *testing.T) {
+	const passwd = "\n#comment\nroot:x:0:0:root:/root:/bin/sh\nshort:x:7\nbad:x:many:0::/bad:\nuser:x:1000:1000::/home/user\nagain:x:1000:1::/other:/bin/sh\n"
+	for uid, want := range map[uint32]string{0: "", 7: "", 1000: "/home/user", 5: "/", 4294967295: "/"} {
+		if got := Home([]byte(passwd), uid); got != want {
+			t.Errorf("user %d: %q, want %q", uid, got, want)
+		}
+	}
+	if got := Home([]byte("root:x:0:0:root:/root:/bin/sh\n"), 0); got != "/root" {
+		t.Errorf("root: %q", got)
+	}
+	if got := Home(append(bytes.Repeat([]byte{'x'}, 64<<10), "\nroot:x:0:0:root:/root:/bin/sh\n"...), 0); got != "/" {
+		t.Errorf("behind a long line: %q", got)
+	}
+}
