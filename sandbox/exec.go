@@ -12,6 +12,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/sandbox/spec"
 	"github.com/berthd/berth/shim"
@@ -43,6 +44,7 @@ func (s *Service) ExecSync(ctx context.Context, id string, cmd []string, timeout
 	if err != nil {
 		return nil, fmt.Errorf("container %s: %w", c.ID, err)
 	}
+	klog.FromContext(ctx).V(4).Info("Exec ended", "container", c.ID, "native", res.Native, "code", res.ExitCode, "timedOut", res.TimedOut)
 	if res.TimedOut {
 		return nil, fmt.Errorf("%w: container %s: command %q did not end within %s and was killed", ErrTimeout, c.ID, cmd[0], timeout)
 	}

@@ -19,6 +19,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -39,14 +40,16 @@ type Options struct {
 	Registries []string // host:port of registries that speak plain HTTP
 	// RegistriesConf replaces the registries.conf that New makes for them.
 	RegistriesConf string
-	Config         string            // TOML that is put in front of the node's own configuration
-	Without        []string          // keys of the node's own configuration to leave out
-	Runtimes       map[string]string // further runtime handlers: name -> program
-	CNI            string            // a conflist; "": one bridge with host-local and portmap; NoCNI: none
-	CNIAfter       string            // a plugin's configuration, put at the end of the usual conflist
-	CNIBinDirs     []string          // replaces the directories where plugins are looked for
-	Env            []string          // environment of berthd, in addition to that of the test
-	Args           []string          // arguments of berthd, in addition to --config
+	Config         string   // TOML that is put in front of the node's own configuration
+	Without        []string // keys of the node's own configuration to leave out
+	// Runtimes are further handlers, the program by the name. For "runc" the
+	// environment's BERTH_RUNC stands in place of the one on PATH.
+	Runtimes   map[string]string
+	CNI        string   // a conflist; "": one bridge with host-local and portmap; NoCNI: none
+	CNIAfter   string   // a plugin's configuration, put at the end of the usual conflist
+	CNIBinDirs []string // replaces the directories where plugins are looked for
+	Env        []string // environment of berthd, in addition to that of the test
+	Args       []string // arguments of berthd, in addition to --config
 }
 
 // NoCNI as Options.CNI leaves the configuration directory empty.
@@ -158,7 +161,12 @@ func (n *Node) toml(registries, policy string) string {
 			fmt.Fprintf(&b, "%s = %s\n", kv[0], kv[1])
 		}
 	}
-	for name, path := range n.opts.Runtimes {
+	runtimes := map[string]string{}
+	if runc := os.Getenv("BERTH_RUNC"); runc != "" {
+		runtimes["runc"] = runc
+	}
+	maps.Copy(runtimes, n.opts.Runtimes)
+	for name, path := range runtimes {
 		fmt.Fprintf(&b, "[runtimes.%s]\npath = %q\n", name, path)
 	}
 	return b.String()
