@@ -121,7 +121,6 @@ var (
 	childStat    unix.Stat_t
 	childPath    [unix.PathMax]byte
 	childCPUs    [1024 / 8]byte
-	childMask    uint64
 	childCaps    [2]unix.CapUserData
 	childCapHead = unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 )
