@@ -130,13 +130,7 @@ func podFiles(c *Container, user map[string]*Mount) (out []specs.Mount) {
 		parent := user[path.Dir(f.Destination)]
 		leaks := parent != nil && (parent.Propagation == "rshared" || f.Destination == "/dev/shm")
 		if f.Source != "" && user[f.Destination] == nil && !leaks {
-			m := bindMount(f)
-			if f.Destination == "/dev/shm" {
-				// A newer runc gives a bind mount what is listed here and
-				// takes away what the pod's tmpfs was mounted with.
-				m.Options = append(m.Options, "nosuid", "noexec", "nodev")
-			}
-			out = append(out, m)
+			out = append(out, bindMount(f))
 		}
 	}
 	return out
