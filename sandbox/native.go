@@ -48,9 +48,16 @@ func (s *Service) image(c *container, sp *specs.Spec, p *specs.Process) *shim.Ex
 	if !s.cfg.NativeExec || p.Terminal || !s.runtimeOfContainer(c).nativeExec() {
 		return nil
 	}
-	at := shim.Surroundings{ID: c.ID, Cgroups: s.groupOf(c).Dirs(), Home: "/", Capability: spec.CapabilityNumber}
+	group := s.groupOf(c)
+	if group.Frozen() {
+		return nil // who joins it stands still; the runtime refuses
+	}
+	at := shim.Surroundings{ID: c.ID, Cgroups: group.Dirs(), Capability: spec.CapabilityNumber}
 	if !slices.ContainsFunc(p.Env, func(kv string) bool { return strings.HasPrefix(kv, "HOME=") && kv != "HOME=" }) {
-		at.Home = homeOf(c.Pid, p.User.UID)
+		var err error
+		if at.Home, err = homeOf(c.Pid, p.User.UID); err != nil {
+			return nil
+		}
 	}
 	m, err := shim.ImageOf(sp, p, at)
 	if err != nil {
@@ -114,15 +121,15 @@ func withoutCalls(p *specs.LinuxSeccomp) *specs.LinuxSeccomp {
 
 // homeOf looks a user's home directory up where an OCI runtime does, in the
 // container's present files, "/" without one.
-func homeOf(pid int, uid uint32) string {
+func homeOf(pid int, uid uint32) (string, error) {
 	root, err := os.OpenFile(filepath.Join("/proc", strconv.Itoa(pid), "root"), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return "/"
+		return "", err
 	}
 	defer root.Close()
 	passwd, err := readInRoot(root, "etc/passwd", maxUserDB)
 	if err != nil {
-		return "/"
+		return "", err
 	}
-	return spec.Home(passwd, uid)
+	return spec.Home(passwd, uid), nil
 }
