@@ -79,14 +79,22 @@ func (s *imageService) ImageFsInfo(context.Context, *runtime.ImageFsInfoRequest)
 	if err != nil {
 		return nil, err
 	}
-	// Images and writable layers are on one file system: then the interface
-	// wants the list of container file systems empty.
-	return &runtime.ImageFsInfoResponse{ImageFilesystems: []*runtime.FilesystemUsage{{
+	// Where images and writable layers are on one file system, the interface wants
+	// the list of container file systems empty.
+	resp := &runtime.ImageFsInfoResponse{ImageFilesystems: []*runtime.FilesystemUsage{toFsUsage(&u)}}
+	if u.Writable != nil {
+		resp.ContainerFilesystems = []*runtime.FilesystemUsage{toFsUsage(u.Writable)}
+	}
+	return resp, nil
+}
+
+func toFsUsage(u *imageservice.FsUsage) *runtime.FilesystemUsage {
+	return &runtime.FilesystemUsage{
 		Timestamp:  u.At.UnixNano(),
 		FsId:       &runtime.FilesystemIdentifier{Mountpoint: u.Mountpoint},
 		UsedBytes:  &runtime.UInt64Value{Value: u.Bytes},
 		InodesUsed: &runtime.UInt64Value{Value: u.Inodes},
-	}}}, nil
+	}
 }
 
 // fromAuth is nil when there is nothing to authenticate with, so that the

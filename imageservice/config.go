@@ -13,9 +13,11 @@ type Config struct {
 	// file system: that in which the snapshotter keeps its layers.
 	LayersDir string
 	// ManifestsDir is where it is kept what each layer holds, for VerifyLayer: a
-	// directory on the file system of the layers, so that both are synced at once.
-	// It is made with mode 0700. "" means that it is not kept.
+	// directory on a file system that the snapshotter's Sync makes durable. It is made with mode 0700. "" means that it is not kept.
 	ManifestsDir string
+	// SnapshotsDir is where the snapshotter keeps writable layers. When it is on another
+	// file system than LayersDir, FsUsage tells about both. "" means that it is not.
+	SnapshotsDir string
 
 	// MaxConcurrentLayers bounds the layers that are downloaded and unpacked at the
 	// same time, over all pulls: 1 to 64, default 6. Each takes about 3 MiB of

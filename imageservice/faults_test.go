@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -451,47 +450,6 @@ func TestClose(t *testing.T) {
 	}
 	if _, err := n.Pull(context.Background(), n.reg.Ref("r", "v1"), nil); !errors.Is(err, ErrClosed) {
 		t.Errorf("pull after Close: %v", err)
-	}
-}
-
-// TestPullRemoveRace: pulls and removals of images that share layers never break one.
-func TestPullRemoveRace(t *testing.T) {
-	n := newNode(t)
-	ctx := context.Background()
-	for _, name := range []string{"a", "b", "c"} {
-		n.reg.Push(name, "v1", mustBuild(t, registry.Spec{Config: registry.Config{User: name}, Layers: []registry.Layer{
-			layerOf(registry.Gzip, registry.File{Name: "shared"}), layerOf(registry.Gzip, registry.File{Name: "second"}),
-			layerOf(registry.Gzip, registry.File{Name: "own", Data: []byte(name)}),
-		}}))
-	}
-	var pulled atomic.Int64
-	var wg sync.WaitGroup
-	for _, name := range []string{"a", "b", "c"} {
-		wg.Go(func() {
-			for i := range 15 {
-				img, err := n.Pull(ctx, n.reg.Ref(name, "v1"), nil)
-				if err != nil {
-					t.Errorf("pull %s: %v", name, err)
-					return
-				}
-				key := fmt.Sprintf("c-%s-%d", name, i)
-				if _, err := n.sn.Prepare(ctx, key, img.ChainID); err != nil {
-					t.Errorf("container on %s: %v", name, err)
-					return
-				}
-				pulled.Add(1)
-				if err := errors.Join(n.sn.Remove(ctx, key), n.Remove(ctx, img.ID)); err != nil {
-					t.Errorf("remove %s: %v", name, err)
-				}
-			}
-		})
-	}
-	wg.Wait()
-	if err := n.GC(ctx); err != nil {
-		t.Error(err)
-	}
-	if kept := n.kept(); len(kept) != 0 {
-		t.Errorf("left behind after %d pulls: %q", pulled.Load(), kept)
 	}
 }
 

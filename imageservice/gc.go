@@ -67,15 +67,8 @@ func (s *Service) GC(ctx context.Context) error {
 		errs = append(errs, ignoreGone(s.sn.Remove(ctx, key)))
 	}
 	if !s.book.Rebuilt() {
-		for _, name := range found.childrenFirst() {
-			if ctx.Err() != nil {
-				errs = append(errs, context.Cause(ctx))
-				break
-			}
-			n, err := s.collect(ctx, name)
-			freed += n
-			errs = append(errs, err)
-		}
+		freed, err = s.collect(ctx, found.childrenFirst())
+		errs = append(errs, err)
 	}
 	if freed > 0 {
 		klog.FromContext(ctx).V(2).Info("Layers removed", "count", freed)
@@ -87,20 +80,39 @@ func (s *Service) GC(ctx context.Context) error {
 	return nil
 }
 
-// collect removes one layer unless an image or a pull needs it.
-func (s *Service) collect(ctx context.Context, name string) (freed int, err error) {
-	if !s.chains.condemn(name, func() bool { return s.view.Load().chains[name] }) {
+// collect removes those of the layers that no image and no pull needs, in one transaction
+// if the snapshotter can. Names come children first.
+func (s *Service) collect(ctx context.Context, names []string) (freed int, err error) {
+	var doomed []string
+	for _, name := range names {
+		if s.chains.condemn(name, func() bool { return s.view.Load().chains[name] }) {
+			doomed = append(doomed, name)
+		}
+	}
+	defer func() {
+		for _, name := range doomed {
+			s.chains.absolve(name)
+		}
+	}()
+	if len(doomed) == 0 {
 		return 0, nil
 	}
-	defer s.chains.absolve(name)
-	err = s.sn.Remove(ctx, name)
-	switch {
-	case err == nil:
-		return 1, s.manifests.remove(name)
-	case errors.Is(err, snapshotter.ErrInUse): // a container's, or a layer that is held
-		return 0, nil
+	// What is in use is a container's, or below a layer that is held.
+	if b, ok := s.sn.(snapshotter.BatchRemover); ok {
+		removed, err := b.RemoveAll(ctx, doomed)
+		return len(removed), errors.Join(err, s.manifests.remove(removed...))
 	}
-	return 0, ignoreGone(err)
+	var errs []error
+	for _, name := range doomed {
+		err := s.sn.Remove(ctx, name)
+		if err == nil {
+			freed++
+			errs = append(errs, s.manifests.remove(name))
+		} else if !errors.Is(err, snapshotter.ErrInUse) {
+			errs = append(errs, ignoreGone(err))
+		}
+	}
+	return freed, errors.Join(errs...)
 }
 
 func ignoreGone(err error) error {

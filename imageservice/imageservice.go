@@ -115,4 +115,7 @@ type FsUsage struct {
 	Bytes      uint64
 	Inodes     uint64
 	At         time.Time // when this was last right
+	// Writable is the file system of containers' writable layers, if it is another one;
+	// then with all that is in use there.
+	Writable *FsUsage
 }

@@ -72,14 +72,17 @@ func (m manifests) drop(key string) {
 	}
 }
 
-func (m manifests) remove(chain string) error {
+func (m manifests) remove(chains ...string) error {
 	if m.dir == "" {
 		return nil
 	}
-	if err := os.Remove(m.path(chain)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("layer manifest: %w", err)
+	var errs []error
+	for _, chain := range chains {
+		if err := os.Remove(m.path(chain)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("layer manifest: %w", err))
+		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // sweep removes the files of layers that are not there, and what was never finished. It

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/containers/image/v5/signature"
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/snapshotter"
@@ -111,7 +113,34 @@ func (s *Service) List() []Image { return slices.Clone(s.view.Load().list) }
 func (s *Service) FsUsage() (FsUsage, error) {
 	u := *s.fs.Load()
 	u.At = time.Now() // nothing changed since, or it would have been measured
-	return u, nil
+	var err error
+	u.Writable, err = s.writable()
+	return u, err
+}
+
+// writable is the file system of writable layers, nil if it is that of the layers.
+func (s *Service) writable() (*FsUsage, error) {
+	if s.cfg.SnapshotsDir == "" {
+		return nil, nil
+	}
+	var layers, snapshots unix.Stat_t
+	if err := unix.Stat(s.cfg.LayersDir, &layers); err != nil {
+		return nil, fmt.Errorf("images: usage: %w", &os.PathError{Op: "stat", Path: s.cfg.LayersDir, Err: err})
+	}
+	if err := unix.Stat(s.cfg.SnapshotsDir, &snapshots); err != nil {
+		return nil, fmt.Errorf("images: usage: %w", &os.PathError{Op: "stat", Path: s.cfg.SnapshotsDir, Err: err})
+	}
+	if layers.Dev == snapshots.Dev {
+		return nil, nil
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(s.cfg.SnapshotsDir, &fs); err != nil {
+		return nil, fmt.Errorf("images: usage: %w", &os.PathError{Op: "statfs", Path: s.cfg.SnapshotsDir, Err: err})
+	}
+	return &FsUsage{
+		Mountpoint: s.cfg.SnapshotsDir, At: time.Now(),
+		Bytes: (fs.Blocks - fs.Bfree) * uint64(fs.Frsize), Inodes: fs.Files - fs.Ffree,
+	}, nil
 }
 
 // SetInUse names the function that tells which images containers use, by ID. Removing

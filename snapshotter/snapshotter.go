@@ -183,6 +183,27 @@ type Locator interface {
 	Locate(ctx context.Context, name string) (string, error)
 }
 
+// BatchRemover is a Snapshotter that can remove many snapshots at the cost of one.
+type BatchRemover interface {
+	// RemoveAll removes those of keys that have no children, in one transaction. A
+	// snapshot whose children are removed by the same call counts as having none, if they
+	// stand before it. What is not there counts as removed. The result are the keys that
+	// are gone; after an error none is.
+	RemoveAll(ctx context.Context, keys []string) (removed []string, err error)
+}
+
+// Replacer is a Snapshotter that can exchange what a committed snapshot holds, for one that
+// was damaged.
+type Replacer interface {
+	// Replace gives the committed snapshot name the tree of the active snapshot key, which
+	// was prepared without a parent and whose key is gone afterwards. Parent, children and
+	// labels of name stay; WithUsage tells what the new tree takes. Mounts that were made
+	// before go on with the old tree: while snapshots that are not committed are on name,
+	// it is kept under a name of its own that begins with "replaced-", and cannot be
+	// removed (ErrInUse) before them. Errors: ErrNotFound, ErrKind.
+	Replace(ctx context.Context, name, key string, opts ...Opt) error
+}
+
 // Syncer is a Snapshotter whose data can be made durable: when Sync returns,
 // all that was written into its snapshots before the call survives a power cut.
 type Syncer interface {

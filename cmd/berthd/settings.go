@@ -49,6 +49,7 @@ func (c *config) images() imageservice.Config {
 	return imageservice.Config{
 		LayersDir:           filepath.Join(c.StateDir, "layers"),
 		ManifestsDir:        filepath.Join(c.StateDir, "manifests"),
+		SnapshotsDir:        filepath.Join(c.StateDir, "snapshots"),
 		MaxConcurrentLayers: int(c.MaxConcurrentLayers), MaxLayerBytes: c.MaxLayerBytes,
 		PullTimeout: c.PullTimeout, StallTimeout: c.PullStallTimeout, OrphanTimeout: c.PullOrphanTimeout,
 		MinRate: c.PullMinRate, Retries: int(c.PullRetries),

@@ -66,6 +66,9 @@ type row struct {
 	Updated time.Time
 	Dir     string            // below the root: "layers/7" or "snapshots/8"
 	Usage   snapshotter.Usage // of a committed one
+	// Users are snapshots that may show this tree although it is not below them any
+	// more: see Replace.
+	Users []string `json:",omitempty"`
 }
 
 const tableName = "snapshots"
@@ -94,6 +97,9 @@ var (
 	_ snapshotter.Cleaner     = (*Snapshotter)(nil)
 	_ snapshotter.Syncer      = (*Snapshotter)(nil)
 	_ snapshotter.Locator     = (*Snapshotter)(nil)
+
+	_ snapshotter.BatchRemover = (*Snapshotter)(nil)
+	_ snapshotter.Replacer     = (*Snapshotter)(nil)
 )
 
 // New returns the snapshotter that keeps its directories under root, which is
@@ -199,20 +205,33 @@ func (s *Snapshotter) Close() error { return nil }
 
 // Sync makes durable what was written into any snapshot before the call, with
 // syncfs(2): one flush for all files, which also writes what others left dirty
-// on the same file system.
+// on the same file system. Layers may be on a file system of their own.
 func (s *Snapshotter) Sync(ctx context.Context) error {
-	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("overlay: sync: %w", err)
-	}
-	d, err := os.Open(s.root)
-	if err != nil {
-		return fmt.Errorf("overlay: sync: %w", err)
-	}
-	defer d.Close()
-	if err := unix.Syncfs(int(d.Fd())); err != nil {
-		return fmt.Errorf("overlay: sync %s: %w", s.root, err)
+	done := map[uint64]bool{} // by device
+	for _, dir := range []string{"layers", "snapshots", "."} {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("overlay: sync: %w", err)
+		}
+		if err := syncOnce(s.path(dir), done); err != nil {
+			return fmt.Errorf("overlay: sync %s: %w", s.path(dir), err)
+		}
 	}
 	return nil
+}
+
+// syncOnce syncs the file system of dir unless that has been done.
+func syncOnce(dir string, done map[uint64]bool) error {
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || done[st.Dev] {
+		return err
+	}
+	done[st.Dev] = true
+	return unix.Syncfs(fd)
 }
 
 // Cleanup removes the directories that no row names, as a crash between the two

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -251,28 +252,84 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 // is; a directory that could not be removed then is logged, and left to Cleanup.
 func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	var dir string
-	err := s.book.Update(func(tx *store.Tx) error {
-		r, err := get(tx, key)
-		if err != nil {
-			return err
-		}
-		child, err := s.child(tx, key)
-		if err != nil {
-			return err
-		}
-		if child != "" {
-			return fmt.Errorf("snapshot %q: %q is on it: %w", key, child, snapshotter.ErrInUse)
-		}
-		dir = r.Dir
-		return remove(tx, key, r)
+	err := s.book.Update(func(tx *store.Tx) (err error) {
+		dir, err = s.removeRow(tx, key)
+		return err
 	})
 	if err != nil {
 		return err
 	}
-	if err := removeTree(s.path(dir)); err != nil {
-		klog.FromContext(ctx).Error(err, "Snapshot directory left behind", "snapshot", key, "dir", dir)
-	}
+	s.removeDirs(ctx, []string{dir})
 	return nil
+}
+
+// removeRow removes the row of a snapshot without children and returns its directory.
+func (s *Snapshotter) removeRow(tx *store.Tx, key string) (dir string, err error) {
+	r, err := get(tx, key)
+	if err != nil {
+		return "", err
+	}
+	child, err := s.child(tx, key)
+	if err != nil {
+		return "", err
+	}
+	if child != "" {
+		return "", fmt.Errorf("snapshot %q: %q is on it: %w", key, child, snapshotter.ErrInUse)
+	}
+	for _, user := range r.Users {
+		if _, err := rows.Get(tx, user); err == nil || s.quarantined(user) {
+			return "", fmt.Errorf("snapshot %q: %q shows it: %w", key, user, snapshotter.ErrInUse)
+		}
+	}
+	return r.Dir, remove(tx, key, r)
+}
+
+// RemoveAll implements snapshotter.BatchRemover.
+func (s *Snapshotter) RemoveAll(ctx context.Context, keys []string) (removed []string, err error) {
+	var dirs []string
+	err = s.book.Update(func(tx *store.Tx) error {
+		removed, dirs = nil, nil // it may be run again
+		for _, key := range keys {
+			dir, err := s.removeRow(tx, key)
+			switch {
+			case errors.Is(err, snapshotter.ErrInUse):
+				continue
+			case errors.Is(err, snapshotter.ErrNotFound):
+			case err != nil:
+				return err
+			default:
+				dirs = append(dirs, dir)
+			}
+			removed = append(removed, key)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.removeDirs(ctx, dirs)
+	return removed, nil
+}
+
+// maxRemovers is how many directories are removed side by side: the file system's own
+// locks are by directory.
+const maxRemovers = 4
+
+// removeDirs removes directories that no row names any more. What fails is logged, and
+// left to Cleanup.
+func (s *Snapshotter) removeDirs(ctx context.Context, dirs []string) {
+	slots := make(chan struct{}, maxRemovers)
+	var wg sync.WaitGroup
+	for _, dir := range dirs {
+		slots <- struct{}{}
+		wg.Go(func() {
+			if err := removeTree(s.path(dir)); err != nil {
+				klog.FromContext(ctx).Error(err, "Snapshot directory left behind", "dir", dir)
+			}
+			<-slots
+		})
+	}
+	wg.Wait()
 }
 
 // Walk implements snapshotter.Snapshotter. fn may use the snapshotter. Filters

@@ -50,6 +50,8 @@ func Run(t *testing.T, factory Factory) {
 		{"ConcurrentSameKey", false, testConcurrentSameKey},
 		{"Cleanup", false, testCleanup},
 		{"Sync", false, testSync},
+		{"RemoveAll", false, testRemoveAll},
+		{"Replace", false, testReplace},
 		{"ContentOfChain", true, testContent},
 		{"DeletedFiles", true, testDeleted},
 		{"SiblingsAreApart", true, testSiblings},
