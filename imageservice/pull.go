@@ -51,6 +51,12 @@ type pull struct {
 	shared  []bool // the layer's record is another pull's
 }
 
+// reach is enter for a stage that tests can make fail.
+func (p *pull) reach(ctx context.Context, stage string) error {
+	p.enter(stage)
+	return failpoint(ctx, verbPull, stage)
+}
+
 func (p *pull) enter(stage string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -87,6 +93,13 @@ func (p *pull) follow(i int, r *layerRecord, shared bool) {
 	defer p.mu.Unlock()
 	p.records[i], p.shared[i] = r, shared
 }
+
+// The operations whose steps are failpoints.
+const (
+	verbPull   = "pull image"
+	verbLayer  = "pull layer"
+	verbRemove = "remove image"
+)
 
 // The stages of a pull.
 const (
@@ -172,6 +185,9 @@ func (s *Service) fly(ctx context.Context, key pullKey, p *pull, names []candida
 	ctx = klog.NewContext(ctx, log)
 	log.V(2).Info("Pull begins")
 	p.image, p.err = s.tryAll(ctx, p, names, auth)
+	if p.err == nil {
+		p.err = failpoint(ctx, verbPull, "answer")
+	}
 	stop()
 	p.cancel(nil)
 	if p.err != nil {
@@ -239,17 +255,23 @@ func (s *Service) complete(ctx context.Context, p *pull, plan *plan) (Image, err
 	for _, c := range plan.chainIDs() {
 		durable = durable && s.view.Load().chains[c]
 	}
-	p.enter(stageLayers)
+	if err := p.reach(ctx, stageLayers); err != nil {
+		return Image{}, err
+	}
 	if err := s.fetchLayers(ctx, p, plan); err != nil {
 		return Image{}, err
 	}
 	if syncer, ok := s.sn.(snapshotter.Syncer); ok && !durable {
-		p.enter(stageSync)
+		if err := p.reach(ctx, stageSync); err != nil {
+			return Image{}, err
+		}
 		if err := syncer.Sync(ctx); err != nil {
 			return Image{}, err
 		}
 	}
-	p.enter(stageCommit)
+	if err := p.reach(ctx, stageCommit); err != nil {
+		return Image{}, err
+	}
 	return s.makeVisible(ctx, plan)
 }
 

@@ -47,6 +47,9 @@ type plan struct {
 // resolve asks for manifest and config and checks them. On success the plan's source is
 // open and the caller's to close.
 func (s *Service) resolve(ctx context.Context, p *pull, named reference.Named, auth *Auth) (_ *plan, err error) {
+	if err := failpoint(ctx, verbPull, stageManifest); err != nil {
+		return nil, err
+	}
 	src, err := s.openSource(named, auth, p.trouble)
 	if err != nil {
 		return nil, err
@@ -64,11 +67,15 @@ func (s *Service) resolve(ctx context.Context, p *pull, named reference.Named, a
 	if pl.manifestSum, err = manifest.Digest(blob); err != nil {
 		return nil, fmt.Errorf("manifest: %w: %w", ErrInvalidImage, err)
 	}
-	p.enter(stagePolicy)
+	if err := p.reach(ctx, stagePolicy); err != nil {
+		return nil, err
+	}
 	if err := s.checkPolicy(ctx, src, auth, blob, mime, pl.manifestSum); err != nil {
 		return nil, err
 	}
-	p.enter(stageConfig)
+	if err := p.reach(ctx, stageConfig); err != nil {
+		return nil, err
+	}
 	if err := s.readManifest(ctx, pl, blob, mime); err != nil {
 		return nil, err
 	}

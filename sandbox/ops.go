@@ -81,6 +81,9 @@ func (o *ops) run(ctx context.Context, key string, p *op, limit time.Duration, f
 		close(p.done)
 	}()
 	p.result, p.err = fn(ctx, p)
+	if p.err == nil {
+		p.err = failpoint(ctx, p.verb, "answer")
+	}
 	if errors.Is(p.err, context.DeadlineExceeded) {
 		p.err = fmt.Errorf("%w (limit %s)", p.err, limit)
 	}
@@ -170,10 +173,6 @@ type step struct {
 	do   func(ctx context.Context) error
 }
 
-// failpoint is called with "<verb>.<step>" before each step. Tests replace it to
-// make steps fail, hang or kill the process.
-var failpoint = func(name string) error { return nil }
-
 // steps runs the steps in order up to the first error. It is the one place that
 // times and logs them.
 func (p *op) steps(ctx context.Context, list []step) error {
@@ -197,7 +196,7 @@ func (p *op) allSteps(ctx context.Context, list []step) error {
 func (p *op) one(ctx context.Context, s step) error {
 	p.enter(s.name)
 	begun := time.Now()
-	err := failpoint(p.verb + "." + s.name)
+	err := failpoint(ctx, p.verb, s.name)
 	if err == nil {
 		err = s.do(ctx)
 	}

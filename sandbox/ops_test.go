@@ -112,24 +112,6 @@ func TestSteps(t *testing.T) {
 	}
 }
 
-func TestFailpointStopsBeforeTheStep(t *testing.T) {
-	old := failpoint
-	defer func() { failpoint = old }()
-	want := errors.New("injected")
-	failpoint = func(name string) error {
-		if name == "v.b" {
-			return want
-		}
-		return nil
-	}
-	ran := false
-	p := &op{verb: "v"}
-	err := p.steps(context.Background(), []step{{"b", func(context.Context) error { ran = true; return nil }}})
-	if !errors.Is(err, want) || ran {
-		t.Errorf("got %v, ran %v; want the injected error and no effect", err, ran)
-	}
-}
-
 func TestOnlyDetach(t *testing.T) {
 	d := &detachError{errors.New("plugin")}
 	other := errors.New("other")

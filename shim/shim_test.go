@@ -1,9 +1,11 @@
 package shim_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -106,6 +108,40 @@ func TestShutdown(t *testing.T) {
 			mustT(t, c.c.Shutdown(ctxFor(t, time.Minute)))
 			if e := c.exit(); e.Code != 137 || e.Reason != "shut down" {
 				t.Errorf("got %+v", e)
+			}
+		})
+	}
+}
+
+// A runtime that hangs in its start keeps neither Shutdown nor, when the shim is
+// killed, itself.
+func TestRuntimeHangsInStart(t *testing.T) {
+	for _, killed := range []bool{false, true} {
+		t.Run(map[bool]string{false: "shut down", true: "killed"}[killed], func(t *testing.T) {
+			c := newContainer(t, "/bin/sleep", "1000")
+			real, pidFile := c.l.Runtime, c.path("hung.pid")
+			c.l.Runtime = c.path("runtime.sh")
+			mustT(t, os.WriteFile(c.l.Runtime, []byte("#!/bin/sh\ncase \"$*\" in *\" start \"*) echo $$ >"+pidFile+"; exec sleep 1000;; esac\nexec "+real+" \"$@\"\n"), 0o755))
+			mustT(t, c.create())
+			go c.c.Start(context.Background())
+			pid := 0
+			waitFor(t, "the runtime's start", func() bool {
+				b, err := os.ReadFile(pidFile)
+				if err == nil {
+					pid, err = strconv.Atoi(strings.TrimSpace(string(b)))
+				}
+				return err == nil
+			})
+			begun := time.Now()
+			if killed {
+				mustT(t, unix.Kill(c.up.ShimPID, unix.SIGKILL))
+				defer c.runtimeDelete()
+			} else {
+				mustT(t, c.c.Shutdown(ctxFor(t, time.Minute)))
+			}
+			waitFor(t, "the end of the runtime", func() bool { return unix.Kill(pid, 0) == unix.ESRCH })
+			if d := time.Since(begun); d > 8*time.Second {
+				t.Errorf("took %v", d)
 			}
 		})
 	}

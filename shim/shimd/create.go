@@ -50,6 +50,9 @@ func (s *shim) launch(p pending, body wire.Fields) *stepError {
 
 // prepare makes what is the shim's own, then starts the runtime.
 func (s *shim) prepare() *stepError {
+	if err := point("launch"); err != nil {
+		return err
+	}
 	if s.l.OOMScoreAdj != nil {
 		err := writeFile("/proc/self/oom_score_adj", itoa(*s.l.OOMScoreAdj))
 		if err != nil && err != unix.EACCES && err != unix.EPERM {
@@ -76,6 +79,9 @@ func (s *shim) prepare() *stepError {
 }
 
 func (s *shim) runCreate() *stepError {
+	if err := point("create"); err != nil {
+		return err
+	}
 	mounts, err := mountPlan(s.l.Mounts, s.l.Rootfs, s.l.Bundle)
 	if err != nil {
 		return fail(wire.CodeInvalid, "Mounts", err.Error())
@@ -107,6 +113,8 @@ func (r *report) explain(j *job) *stepError {
 		return fail(wire.CodeInternal, "mount namespace", msg)
 	case atStdio:
 		return fail(wire.CodeInternal, "stdio", msg)
+	case atFork:
+		return fail(wire.CodeInternal, "fork", msg)
 	case atExec:
 		return fail(wire.CodeRuntime, j.step, l.Runtime+": "+msg)
 	}
@@ -122,6 +130,9 @@ func (s *shim) createEnded(e *stepError) {
 	c := s.create
 	if e == nil {
 		e = s.adoptInit()
+	}
+	if e == nil {
+		e = point("created")
 	}
 	if e == nil && s.l.Terminal && s.streams[0] == nil {
 		// The runtime sends the pty before it ends, but the message may
@@ -212,10 +223,16 @@ func (s *shim) start(p pending) *stepError {
 	if s.status != wire.StatusCreated || s.starting {
 		return fail(wire.CodeState, "", "container is "+s.status+", not created")
 	}
+	if e := point("start"); e != nil {
+		return e
+	}
 	s.starting = true
 	s.watchFilter()
 	done := func(e *stepError) {
 		s.starting = false
+		if e == nil {
+			e = point("started")
+		}
 		if e == nil && s.status == wire.StatusCreated {
 			s.status = wire.StatusRunning
 		}

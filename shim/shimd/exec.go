@@ -101,6 +101,8 @@ func (s *shim) exec(p pending, body wire.Fields) *stepError {
 		e = fail(wire.CodeState, "", "container is "+s.status+", not running")
 	case len(s.execs) >= maxExecs:
 		e = fail(wire.CodeBusy, "", itoa(maxExecs)+" execs are running")
+	default:
+		e = point("exec")
 	}
 	if e != nil {
 		closeFD(process)

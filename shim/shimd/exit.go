@@ -24,6 +24,7 @@ const (
 // A crash between two steps leaves either no record and a runtime state, which
 // berthd takes for a killed shim, or a record and a runtime state to delete.
 func (s *shim) initEnded(ws unix.WaitStatus) {
+	point("exit")
 	s.status = wire.StatusExited
 	s.exit = wire.Exit{Code: exitCode(ws), At: now()}
 	if ws.Signaled() {
@@ -102,7 +103,10 @@ func (s *shim) record() {
 	if s.told {
 		return
 	}
-	err := replaceFile(s.l.ExitFile, wire.AppendExitFile(nil, s.exit))
+	var err error = unix.EIO
+	if point("record") == nil {
+		err = replaceFile(s.l.ExitFile, wire.AppendExitFile(nil, s.exit))
+	}
 	if err != nil && len(s.conns) == 0 {
 		s.loop.after(recordRetry, s.record)
 		return
@@ -111,6 +115,7 @@ func (s *shim) record() {
 		s.exit.Reason = "exit record not written: " + err.Error()
 	}
 	s.log.close()
+	point("tell")
 	s.told = true
 	for _, c := range append([]*conn(nil), s.conns...) {
 		if c.hello {
@@ -126,6 +131,7 @@ func (s *shim) endIfOver() {
 	if !s.told || s.ending || len(s.jobs) > 0 || len(s.execs) > 0 || len(s.attached) > 0 {
 		return
 	}
+	point("delete")
 	s.ending = true
 	finish := func(e *stepError) {
 		for _, p := range s.shutdown {
@@ -168,6 +174,12 @@ func (s *shim) shutDown(p pending) *stepError {
 	case s.status != wire.StatusExited:
 		s.killAll()
 	}
+	if s.create == nil && !s.ending {
+		// A runtime that hangs shall not keep the shim.
+		for _, j := range append([]*job(nil), s.jobs...) {
+			j.stop(wire.CodeState, "ended by a shutdown")
+		}
+	}
 	s.loop.after(shutdownTimeout, func() {
 		if s.status == wire.StatusExited || s.ending {
 			return
@@ -200,6 +212,9 @@ func (s *shim) kill(p pending, body wire.Fields) *stepError {
 	}
 	if s.initFD < 0 {
 		return fail(wire.CodeState, "", "container is "+s.status)
+	}
+	if e := point("kill"); e != nil {
+		return e
 	}
 	sig := unix.Signal(k.Signal)
 	if sig == unix.SIGKILL {
@@ -234,6 +249,7 @@ func (s *shim) quit() {
 	if s.loop.done {
 		return
 	}
+	point("end")
 	s.loop.done = true
 	if s.create != nil {
 		s.create.closeEnds(s)

@@ -30,6 +30,7 @@ type forkPlan struct {
 	native  *nativeStart // instead of all above but stdio
 	report  *report
 	mask    uint64
+	parent  int // this process
 }
 
 // mountCall is one mount(2), preceded by a chdir when dir is not nil.
@@ -50,6 +51,7 @@ const (
 	atUnshare int32 = -1
 	atStdio   int32 = -2
 	atExec    int32 = -3
+	atFork    int32 = -4
 )
 
 // failed is the status of a child that has left a report.
@@ -210,6 +212,12 @@ func fork(p *forkPlan) (uintptr, unix.Errno) {
 //go:nosplit
 func child(p *forkPlan) (at, failure int32) {
 	unix.RawSyscall(unix.SYS_SETPGID, 0, 0, 0)
+	// A runtime dies with its shim: one that hangs would stay for ever, and
+	// nobody would know whose it is. The threads of a shim end with it only.
+	unix.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0)
+	if ppid, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0); int(ppid) != p.parent {
+		return atFork, int32(unix.ECHILD)
+	}
 	if p.unshare {
 		if _, _, e := unix.RawSyscall(unix.SYS_UNSHARE, unix.CLONE_NEWNS, 0, 0); e != 0 {
 			return atUnshare, int32(e)

@@ -80,7 +80,7 @@ func (j *job) fork(p *forkPlan, limit time.Duration) *stepError {
 		return fail(wire.CodeBusy, j.step, "too many at once")
 	}
 	reports[j.slot] = report{}
-	p.report = &reports[j.slot]
+	p.parent, p.report = s.pid, &reports[j.slot]
 	pid, errno := fork(p)
 	if errno != 0 {
 		unix.Close(j.log)

@@ -156,3 +156,27 @@ func TestDependencyCounts(t *testing.T) {
 		}
 	}
 }
+
+// TestNoFailpointsInProduction: programs are made of no package of the tests,
+// unless they are built with the tag "failpoint".
+func TestNoFailpointsInProduction(t *testing.T) {
+	for name, p := range mustList(t) {
+		if !strings.HasPrefix(name, "cmd/") {
+			continue
+		}
+		for _, d := range p.Deps {
+			if strings.HasPrefix(d, module+"test/") {
+				t.Errorf("%s is made of %s", name, d)
+			}
+		}
+	}
+	cmd := exec.Command("go", "list", "-deps", "-tags", "containers_image_openpgp,failpoint", "./cmd/berthd")
+	cmd.Dir = "../.."
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(out), module+"test/failpoint\n") {
+		t.Error("berthd has no failpoints with the tag either: this test looks in a wrong way")
+	}
+}

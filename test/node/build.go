@@ -33,13 +33,24 @@ func Build(ctx context.Context, root, dir string) (string, error) {
 	if bin := os.Getenv(BinEnv); bin != "" {
 		return bin, nil
 	}
-	for _, name := range []string{"berthd", "berth", "berth-shim", "berth-init"} {
-		cmd := exec.CommandContext(ctx, "go", "build", "-tags", "containers_image_openpgp", "-trimpath", "-buildvcs=false",
-			"-ldflags=-s -w", "-o", filepath.Join(dir, name), "./cmd/"+name)
+	return dir, build(ctx, root, dir, "containers_image_openpgp", "./cmd/berthd", "./cmd/berth", "./cmd/berth-shim", "./cmd/berth-init")
+}
+
+// BuildFailpoints is Build for programs with failpoints (test/failpoint), and
+// the one that stands for runtimes and plugins, fakes. It uses no built ones.
+func BuildFailpoints(ctx context.Context, root, dir string) error {
+	return build(ctx, root, dir, "containers_image_openpgp,failpoint", "./cmd/berthd", "./cmd/berth-shim", "./cmd/berth-init", "./test/fakes")
+}
+
+func build(ctx context.Context, root, dir, tags string, packages ...string) error {
+	for _, pkg := range packages {
+		name := filepath.Base(pkg)
+		cmd := exec.CommandContext(ctx, "go", "build", "-tags", tags, "-trimpath", "-buildvcs=false",
+			"-ldflags=-s -w", "-o", filepath.Join(dir, name), pkg)
 		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
-			return "", fmt.Errorf("build %s: %w: %s", name, err, out)
+			return fmt.Errorf("build %s: %w: %s", name, err, out)
 		}
 	}
-	return dir, nil
+	return nil
 }

@@ -1,0 +1,13 @@
+//go:build failpoint
+
+package imageservice
+
+import (
+	"context"
+
+	points "github.com/berthd/berth/test/failpoint"
+)
+
+func failpoint(ctx context.Context, verb, step string) error {
+	return points.Hit(ctx, verb+"."+step)
+}
