@@ -378,6 +378,44 @@ func TestGC(t *testing.T) {
 	}
 }
 
+// stubborn is a snapshotter that refuses to remove the first few times.
+type stubborn struct {
+	snapshotter.Snapshotter
+	refuse atomic.Int32
+}
+
+func (s *stubborn) Remove(ctx context.Context, key string) error {
+	if s.refuse.Add(-1) >= 0 {
+		return errors.New("input/output error")
+	}
+	return s.Snapshotter.Remove(ctx, key)
+}
+
+// TestGCTriesAgain: a layer that could not be removed goes a little later, with
+// nobody asking for it.
+func TestGCTriesAgain(t *testing.T) {
+	defer func(d time.Duration) { gcPause = d }(gcPause)
+	gcPause = 10 * time.Millisecond
+	n := newNode(t)
+	s := &stubborn{Snapshotter: n.sn}
+	n.Service.sn = s
+	n.reg.Push("a", "v1", sample(t, "x"))
+	img := n.mustPull(n.reg.Ref("a", "v1"))
+	s.refuse.Store(3)
+	if err := n.Remove(context.Background(), img.ID); err != nil {
+		t.Fatal(err)
+	}
+	if len(n.kept()) == 0 {
+		t.Fatal("the snapshotter has not refused")
+	}
+	waitFor(t, "the layer's end", func() bool { return len(n.kept()) == 0 })
+	n.Service.mu.Lock()
+	defer n.Service.mu.Unlock()
+	if n.retrying {
+		t.Error("still trying")
+	}
+}
+
 // TestRestart: what a killed process left is gone, what was complete is there.
 func TestRestart(t *testing.T) {
 	n := newNode(t)

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"k8s.io/klog/v2"
 
@@ -15,9 +16,12 @@ import (
 
 // Remove removes the image that ref means, with all its names, and frees the layers that
 // nothing else needs. ErrNotFound when there is none. A layer that cannot be removed now
-// is tried again by the next GC.
+// is tried again until it can.
 func (s *Service) Remove(ctx context.Context, ref string) error {
 	used := s.used()
+	if err := failpoint(ctx, verbRemove, "drop"); err != nil {
+		return err
+	}
 	id, err := s.dropImage(ref, used)
 	if err != nil {
 		return err
@@ -28,7 +32,7 @@ func (s *Service) Remove(ctx context.Context, ref string) error {
 	if err := s.GC(context.WithoutCancel(ctx)); err != nil {
 		log.Error(err, "Layers of a removed image left for the next sweep", "image", id)
 	}
-	return nil
+	return failpoint(ctx, verbRemove, "answer")
 }
 
 func (s *Service) dropImage(ref string, used map[string]bool) (string, error) {
@@ -50,8 +54,57 @@ func (s *Service) dropImage(ref string, used map[string]bool) (string, error) {
 
 // GC removes layers that no image needs, images that were removed while in use and are
 // no longer, and extractions that nobody works on. Layers below a container's snapshot
-// stay. While the book may be missing rows no layer is removed.
+// stay. While the book may be missing rows no layer is removed. What could not be removed
+// is tried again after a while, until Close.
 func (s *Service) GC(ctx context.Context) error {
+	err := s.gc(ctx)
+	if err != nil {
+		s.retryGC(ctx)
+	}
+	return err
+}
+
+// gcPause is the time until a collection that failed is tried again, twice as long each
+// time up to gcPauseMax.
+var gcPause, gcPauseMax = time.Second, time.Minute
+
+// retryGC collects again in the background until it succeeds.
+func (s *Service) retryGC(ctx context.Context) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || s.retrying {
+		return
+	}
+	s.retrying = true
+	ctx = context.WithoutCancel(ctx)
+	s.wg.Go(func() {
+		for pause := gcPause; ; pause = min(2*pause, gcPauseMax) {
+			select {
+			case <-s.done:
+				return
+			case <-time.After(pause):
+			}
+			// Before the try: what fails from here on is for the next one to see.
+			s.mu.Lock()
+			s.retrying = false
+			s.mu.Unlock()
+			err := s.gc(ctx)
+			if err == nil {
+				return
+			}
+			klog.FromContext(ctx).Error(err, "Image garbage not collected yet", "again", min(2*pause, gcPauseMax))
+			s.mu.Lock()
+			other := s.retrying
+			s.retrying = true
+			s.mu.Unlock()
+			if other {
+				return
+			}
+		}
+	})
+}
+
+func (s *Service) gc(ctx context.Context) error {
 	s.gcMu.Lock()
 	defer s.gcMu.Unlock()
 	errs := []error{s.forgetDropped()}
@@ -96,6 +149,9 @@ func (s *Service) collect(ctx context.Context, names []string) (freed int, err e
 	}()
 	if len(doomed) == 0 {
 		return 0, nil
+	}
+	if err := failpoint(ctx, verbRemove, "layers"); err != nil {
+		return 0, err
 	}
 	// What is in use is a container's, or below a layer that is held.
 	if b, ok := s.sn.(snapshotter.BatchRemover); ok {

@@ -125,6 +125,9 @@ func (s *Service) tryLayer(ctx context.Context, pl *plan, i int, below <-chan st
 			s.undo(ctx, key)
 		}
 	}()
+	if err := failpoint(ctx, verbLayer, "unpack"); err != nil {
+		return false, err
+	}
 	l := pl.layers[i]
 	r, err := s.openLayer(ctx, pl, l, record)
 	if err != nil {
@@ -148,6 +151,9 @@ func (s *Service) tryLayer(ctx context.Context, pl *plan, i int, below <-chan st
 		if err := s.adopt(ctx, key, parent, root, res.Implied); err != nil {
 			return false, err
 		}
+	}
+	if err := failpoint(ctx, verbLayer, "commit"); err != nil {
+		return false, err
 	}
 	if err := s.manifests.keep(key, l.ChainID); err != nil {
 		return false, err
@@ -176,12 +182,13 @@ func (s *Service) isExtracting(key string) bool {
 }
 
 // undo removes an extraction, also when the pull was cancelled. What it cannot remove
-// the next GC finds.
+// a GC tries again a little later.
 func (s *Service) undo(ctx context.Context, key string) {
 	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer stop()
 	if err := ignoreGone(s.sn.Remove(ctx, key)); err != nil {
 		klog.FromContext(ctx).Error(err, "Unfinished layer left for the next sweep", "snapshot", key)
+		s.retryGC(ctx)
 	}
 }
 

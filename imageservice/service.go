@@ -38,7 +38,8 @@ type Service struct {
 	wg        sync.WaitGroup
 	gcMu      sync.Mutex // one collection at a time
 	reloadMu  sync.Mutex
-	seen      string // fingerprint of the files of the last reload; guarded by reloadMu
+	seen      string        // fingerprint of the files of the last reload; guarded by reloadMu
+	done      chan struct{} // closed by Close
 
 	// commitMu orders changes to the book's image rows and the view with them.
 	commitMu sync.Mutex
@@ -46,6 +47,7 @@ type Service struct {
 	// mu guards what follows.
 	mu         sync.Mutex
 	closed     bool
+	retrying   bool // a collection that failed
 	pulls      map[pullKey]*pull
 	flights    map[string]*flight // by chain ID
 	extracting map[string]bool    // snapshot keys in use
@@ -61,6 +63,7 @@ func New(ctx context.Context, cfg Config, st *store.Store, sn snapshotter.Snapsh
 	}
 	s := &Service{
 		cfg: cfg, book: st, sn: sn, slots: make(chan struct{}, cfg.MaxConcurrentLayers), run: time.Now().UnixNano(),
+		done:  make(chan struct{}),
 		pulls: map[pullKey]*pull{}, flights: map[string]*flight{}, extracting: map[string]bool{},
 		chains: chains{held: map[string]int{}, condemned: map[string]chan struct{}{}},
 	}
@@ -85,6 +88,9 @@ func New(ctx context.Context, cfg Config, st *store.Store, sn snapshotter.Snapsh
 // Close ends the pulls that run, waits until they have cleaned up, and refuses new ones.
 func (s *Service) Close() error {
 	s.mu.Lock()
+	if !s.closed {
+		close(s.done)
+	}
 	s.closed = true
 	for _, p := range s.pulls {
 		p.cancel(ErrClosed)

@@ -44,6 +44,12 @@ func (s *Service) kick() {
 	}
 }
 
+// SweepSoon has the janitor look for what nobody owns, as at the start.
+func (s *Service) SweepSoon() {
+	s.resweep.Store(true)
+	s.kick()
+}
+
 // retryUndo leaves the destroy of an object to the janitor. Its row may not say
 // so, if the book could not be written.
 func (s *Service) retryUndo(id string) {

@@ -69,6 +69,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	}
 	defer join(&err, func() error { return closeWithin(pods.Close) })
 	images.SetInUse(pods.ImagesInUse)
+	snapshots.OnLeft(pods.SweepSoon)
 	edge, err := cri.New(ctx, d.edge(network), cri.Deps{
 		Pods: pods, Containers: pods, Observer: pods, Exec: pods, Streams: pods, Meter: pods, Resizer: pods, Events: pods,
 		Node: pods, Network: network, Images: images,

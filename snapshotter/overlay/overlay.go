@@ -90,6 +90,8 @@ type Snapshotter struct {
 	// Held for reading from making a directory until its row is committed, and
 	// for writing while Cleanup compares the two.
 	making sync.RWMutex
+
+	onLeft atomic.Pointer[func()]
 }
 
 var (
@@ -199,6 +201,11 @@ func (s *Snapshotter) directories() ([]string, error) {
 	}
 	return dirs, nil
 }
+
+// OnLeft names the function that is called when Remove had to leave a directory
+// behind, perhaps by several goroutines at once. It is to see to it that Cleanup is
+// called some time later, and does not block.
+func (s *Snapshotter) OnLeft(f func()) { s.onLeft.Store(&f) }
 
 // Close does nothing: the book is its owner's to close.
 func (s *Snapshotter) Close() error { return nil }

@@ -192,6 +192,26 @@ func TestCleanupAfterCrash(t *testing.T) {
 	}
 }
 
+func TestWhatRemoveLeavesIsTold(t *testing.T) {
+	s := mustOverlay(t)
+	mustPrepare(t, s, "busy", "")
+	dir := s.path("layers/1/mount")
+	if err := errors.Join(os.Mkdir(dir, 0o755), unix.Mount("none", dir, "tmpfs", 0, "")); err != nil {
+		t.Fatal(err)
+	}
+	told := 0
+	s.OnLeft(func() { told++ })
+	if err := s.Remove(ctx, "busy"); err != nil || told != 1 {
+		t.Errorf("removal of a tree with a mount in it: %v, told %d times, want once", err, told)
+	}
+	if err := errors.Join(unix.Unmount(dir, 0), s.Cleanup(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	if got := mustDirs(t, s); len(got) != 0 {
+		t.Errorf("left: %q", got)
+	}
+}
+
 func TestRebuiltBookKeepsDirectories(t *testing.T) {
 	dir := t.TempDir()
 	st := mustBook(t, dir+"/book.db")

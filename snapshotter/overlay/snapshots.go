@@ -132,16 +132,16 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]snapshotter.Mou
 // Prepare implements snapshotter.Snapshotter. Without a parent the mount is a
 // writable bind of the one directory.
 func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshotter.Opt) ([]snapshotter.Mount, error) {
-	return s.create(snapshotter.KindActive, key, parent, opts)
+	return s.create(ctx, snapshotter.KindActive, key, parent, opts)
 }
 
 // View implements snapshotter.Snapshotter. Without a parent it shows an empty
 // directory.
 func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshotter.Opt) ([]snapshotter.Mount, error) {
-	return s.create(snapshotter.KindView, key, parent, opts)
+	return s.create(ctx, snapshotter.KindView, key, parent, opts)
 }
 
-func (s *Snapshotter) create(kind snapshotter.Kind, key, parent string, opts []snapshotter.Opt) ([]snapshotter.Mount, error) {
+func (s *Snapshotter) create(ctx context.Context, kind snapshotter.Kind, key, parent string, opts []snapshotter.Opt) ([]snapshotter.Mount, error) {
 	info := snapshotter.Info{Parent: parent}
 	if err := apply(key, &info, opts); err != nil {
 		return nil, err
@@ -151,6 +151,9 @@ func (s *Snapshotter) create(kind snapshotter.Kind, key, parent string, opts []s
 	}
 	s.making.RLock()
 	defer s.making.RUnlock()
+	if err := failpoint(ctx, "snapshot", "make"); err != nil {
+		return nil, fmt.Errorf("snapshot %q: %w", key, err)
+	}
 	dir, err := s.makeDir(kind, parent)
 	if err != nil {
 		return nil, fmt.Errorf("snapshot %q: %w", key, err)
@@ -158,7 +161,7 @@ func (s *Snapshotter) create(kind snapshotter.Kind, key, parent string, opts []s
 	now := time.Now()
 	r := row{Kind: kind, Parent: parent, Labels: info.Labels, Created: now, Updated: now, Dir: dir}
 	var m []snapshotter.Mount
-	err = s.book.Update(func(tx *store.Tx) (err error) {
+	err = s.record(ctx, "row", func(tx *store.Tx) (err error) {
 		if err := absent(tx, key); err != nil {
 			return err
 		}
@@ -174,6 +177,14 @@ func (s *Snapshotter) create(kind snapshotter.Kind, key, parent string, opts []s
 		return nil, errors.Join(err, removeTree(s.path(dir)))
 	}
 	return m, nil
+}
+
+// record is a change of the book, with its failpoint.
+func (s *Snapshotter) record(ctx context.Context, step string, fn func(*store.Tx) error) error {
+	if err := failpoint(ctx, "snapshot", step); err != nil {
+		return err
+	}
+	return s.book.Update(fn)
 }
 
 // makeDir makes the directory of a snapshot under the next free number. Views
@@ -220,7 +231,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		}
 		info.Usage = &u
 	}
-	return s.book.Update(func(tx *store.Tx) error {
+	return s.record(ctx, "commit", func(tx *store.Tx) error {
 		r, err := get(tx, key)
 		if err != nil {
 			return err
@@ -249,10 +260,11 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 }
 
 // Remove implements snapshotter.Snapshotter. The snapshot is gone when its row
-// is; a directory that could not be removed then is logged, and left to Cleanup.
+// is; a directory that could not be removed then is logged, and left to Cleanup,
+// of which OnLeft's function is told.
 func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	var dir string
-	err := s.book.Update(func(tx *store.Tx) (err error) {
+	err := s.record(ctx, "remove", func(tx *store.Tx) (err error) {
 		dir, err = s.removeRow(tx, key)
 		return err
 	})
@@ -287,7 +299,7 @@ func (s *Snapshotter) removeRow(tx *store.Tx, key string) (dir string, err error
 // RemoveAll implements snapshotter.BatchRemover.
 func (s *Snapshotter) RemoveAll(ctx context.Context, keys []string) (removed []string, err error) {
 	var dirs []string
-	err = s.book.Update(func(tx *store.Tx) error {
+	err = s.record(ctx, "remove", func(tx *store.Tx) error {
 		removed, dirs = nil, nil // it may be run again
 		for _, key := range keys {
 			dir, err := s.removeRow(tx, key)
@@ -316,15 +328,22 @@ func (s *Snapshotter) RemoveAll(ctx context.Context, keys []string) (removed []s
 const maxRemovers = 4
 
 // removeDirs removes directories that no row names any more. What fails is logged, and
-// left to Cleanup.
+// left to Cleanup, of which OnLeft's function is told.
 func (s *Snapshotter) removeDirs(ctx context.Context, dirs []string) {
 	slots := make(chan struct{}, maxRemovers)
 	var wg sync.WaitGroup
 	for _, dir := range dirs {
 		slots <- struct{}{}
 		wg.Go(func() {
-			if err := removeTree(s.path(dir)); err != nil {
+			err := failpoint(ctx, "snapshot", "delete")
+			if err == nil {
+				err = removeTree(s.path(dir))
+			}
+			if err != nil {
 				klog.FromContext(ctx).Error(err, "Snapshot directory left behind", "dir", dir)
+				if f := s.onLeft.Load(); f != nil {
+					(*f)()
+				}
 			}
 			<-slots
 		})
