@@ -36,11 +36,17 @@ func (s *Service) ExecSync(ctx context.Context, id string, cmd []string, timeout
 		return nil, err
 	}
 	client, err := s.client(ctx, c.ID)
+	if err == nil {
+		err = failpoint(ctx, "exec", "run")
+	}
 	if err != nil {
 		return nil, fmt.Errorf("container %s: exec: %w", c.ID, err)
 	}
 	res, err := client.Exec(ctx, shim.ExecRequest{Process: what.process, Image: what.image, Timeout: timeout,
 		MaxOutput: s.cfg.ExecOutputLimit, Drain: s.cfg.ExecDrain})
+	if err == nil {
+		err = failpoint(ctx, "exec", "answer")
+	}
 	if err != nil {
 		return nil, fmt.Errorf("container %s: %w", c.ID, err)
 	}
@@ -164,7 +170,8 @@ func (s *Service) restoreResources(ctx context.Context, rt ociRuntime, c *contai
 		return err
 	}
 	old.Devices = nil
-	undo, cancel := cleanup(ctx, undoTimeout)
+	// Not for undoTimeout: the next update has to wait for it.
+	undo, cancel := cleanup(ctx, min(undoTimeout, s.cfg.ContainerTimeout))
 	defer cancel()
 	if err := rt.update(undo, c.ID, old); err != nil {
 		return fmt.Errorf("limits not set back: %w", err)

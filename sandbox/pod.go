@@ -1,10 +1,12 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -135,7 +137,7 @@ func (s *Service) runPod(ctx context.Context, o *op, plan podPlan) (string, erro
 	}
 	row.Created = s.book.now()
 	parent := s.hier.Parent(row.OCI.Driver, plan.config.GetLinux().GetCgroupParent())
-	row.Cgroups = missing(parent.Dirs())
+	row.Cgroups = s.ownCgroups(parent.Dirs())
 	p, err := s.book.insertPod(row)
 	if err != nil {
 		return "", err
@@ -179,6 +181,23 @@ func (s *Service) runPod(ctx context.Context, o *op, plan podPlan) (string, erro
 	}
 	log.V(2).Info("Pod ready", "ips", p.IPs, "took", time.Since(begun))
 	return p.ID, nil
+}
+
+// ownCgroups returns which of the directories, and of those above them, go with
+// the last pod in them, parents first: what does not exist, and what was made for
+// another pod whose removal is not complete, such as this one's last attempt.
+func (s *Service) ownCgroups(dirs []string) []string {
+	out := missing(dirs)
+	for _, p := range s.book.view().pods {
+		for _, made := range p.Cgroups {
+			within := func(d string) bool { return d == made || strings.HasPrefix(d, made+"/") }
+			if slices.ContainsFunc(dirs, within) && !slices.Contains(out, made) {
+				out = append(out, made)
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b string) int { return cmp.Or(cmp.Compare(len(a), len(b)), strings.Compare(a, b)) })
+	return out
 }
 
 // missing returns the directories that do not exist, and those of their parents,
