@@ -23,9 +23,10 @@ import (
 
 // What all tests share; bin is "" when not root.
 var (
-	bin  string
-	reg  *registry.Server
-	refs = map[string]string{}
+	bin     string
+	scratch string // a directory for what is built
+	reg     *registry.Server
+	refs    = map[string]string{}
 )
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
@@ -41,6 +42,7 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
+	scratch = dir
 	if err := prepare(dir); err != nil {
 		fmt.Fprintln(os.Stderr, "crash:", err)
 		return 1
@@ -90,12 +92,14 @@ func newNode(t *testing.T, opts node.Options) *rig {
 	if bin == "" {
 		t.Skip(node.NeedsRoot)
 	}
-	opts.Bin = bin
+	if opts.Bin == "" {
+		opts.Bin = bin
+	}
 	n, err := node.New(opts)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Minute)
 	t.Cleanup(func() {
 		cancel()
 		if err := n.Close(); err != nil {

@@ -28,6 +28,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/berthd/berth/shim"
 )
 
 // NeedsRoot is the message with which a test that needs a node skips itself
@@ -299,6 +301,31 @@ func (n *Node) Kill() error {
 	<-n.exited
 	n.cmd = nil
 	return nil
+}
+
+// Ended tells whether berthd is not there, also when it ended by itself. It may
+// be started then.
+func (n *Node) Ended() bool {
+	if n.cmd == nil {
+		return true
+	}
+	select {
+	case <-n.exited:
+		n.cmd = nil
+		return true
+	default:
+		return false
+	}
+}
+
+// Shims returns the shims of the node that run, by container ID, with their
+// process IDs.
+func (n *Node) Shims() (map[string]int, error) {
+	shims, err := shim.ListShims(filepath.Join(n.RunDir, "s"))
+	if err != nil {
+		return nil, fmt.Errorf("node: %w", err)
+	}
+	return shims, nil
 }
 
 // Stop ends berthd as a service manager would, with SIGTERM, and returns an
