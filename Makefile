@@ -66,7 +66,8 @@ conformance: deps $(NEW_RUNC) ## black-box tests over the socket, with the oldes
 	$(GO) test -timeout 20m -v ./test/critest ./test/crash | grep -vE '^(=== |    --- (PASS|SKIP)|--- PASS)'; exit $${PIPESTATUS[0]}
 	if [ -x $(NEW_RUNC) ]; then BERTH_RUNC=$(NEW_RUNC) $(GO) test -timeout 20m -v ./test/critest | grep -vE '^(=== |    --- (PASS|SKIP)|--- PASS)'; exit $${PIPESTATUS[0]}; fi
 
-crash: deps ## CYCLES (200) cycles of a pod's life, each with kill -9 of berthd
+crash: deps ## every step broken in every way; CYCLES (200) lives with kill -9 at random
+	BERTH_CRASH_MATRIX=1 $(GO) test -timeout 60m -v -run 'Matrix$$' ./test/crash | grep -vE '^ *(=== |--- PASS)'; exit $${PIPESTATUS[0]}
 	BERTH_CRASH_CYCLES=$(CYCLES) $(GO) test -timeout 60m -v -run Cycles ./test/crash
 
 demo: deps build ## a pod from pull to removal, with a killed daemon in between
@@ -91,4 +92,4 @@ docs: ## write docs/configuration.md and the golden files anew
 clean: ## remove what was built
 	rm -rf $(BIN)
 
-conformance race: SHELL := /bin/bash
+conformance race crash: SHELL := /bin/bash

@@ -50,10 +50,9 @@ type life struct {
 	slow      bool     // a shim hangs
 	excused   bool     // shims are killed: what they have not written yet is lost
 
-	pod      string
-	cfg      *runtime.PodSandboxConfig
-	attempt  uint32
-	attempts []string // the IDs of all its containers
+	pod     string
+	cfg     *runtime.PodSandboxConfig
+	attempt uint32
 }
 
 // do repeats a call until it succeeds. ok may take an error for a success.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,6 +21,9 @@ import (
 // matrixEnv is how large a part of the matrix TestMatrix does: one cell of so
 // many. make crash sets 1, all of it.
 const matrixEnv = "BERTH_CRASH_MATRIX"
+
+// cellsEnv is a regular expression for the names of the cells to do instead.
+const cellsEnv = "BERTH_CRASH_CELLS"
 
 // The victims of a kill that comes from outside, while a program stands at a
 // point.
@@ -206,11 +210,12 @@ func TestMatrix(t *testing.T) {
 	all, passed := f.cells()
 	sourceIsPassed(t, passed)
 	t.Logf("%d points, %d cells, of which one in %d is done", len(passed), len(all), part)
-	if os.Getenv("BERTH_CRASH_LIST") != "" {
-		for _, c := range all {
-			t.Log(c)
+	if only := os.Getenv(cellsEnv); only != "" {
+		re, err := regexp.Compile(only)
+		if err != nil {
+			t.Fatalf("%s: %v", cellsEnv, err)
 		}
-		return
+		all, part = slices.DeleteFunc(all, func(c cell) bool { return !re.MatchString(c.String()) }), 1
 	}
 	all = share(all, part)
 	queue := make(chan cell, len(all))
