@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -408,7 +410,10 @@ func TestGCTriesAgain(t *testing.T) {
 	if len(n.kept()) == 0 {
 		t.Fatal("the snapshotter has not refused")
 	}
-	waitFor(t, "the layer's end", func() bool { return len(n.kept()) == 0 })
+	waitFor(t, "the layers' end", func() bool {
+		dirs, err := os.ReadDir(filepath.Join(n.dir, "state", "layers"))
+		return err == nil && len(dirs) == 0
+	})
 	n.Service.mu.Lock()
 	defer n.Service.mu.Unlock()
 	if n.retrying {
