@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -199,10 +200,10 @@ func TestWhatRemoveLeavesIsTold(t *testing.T) {
 	if err := errors.Join(os.Mkdir(dir, 0o755), unix.Mount("none", dir, "tmpfs", 0, "")); err != nil {
 		t.Fatal(err)
 	}
-	told := 0
-	s.OnLeft(func() { told++ })
-	if err := s.Remove(ctx, "busy"); err != nil || told != 1 {
-		t.Errorf("removal of a tree with a mount in it: %v, told %d times, want once", err, told)
+	var told atomic.Int32
+	s.OnLeft(func() { told.Add(1) })
+	if err := s.Remove(ctx, "busy"); err != nil || told.Load() != 1 {
+		t.Errorf("removal of a tree with a mount in it: %v, told %d times, want once", err, told.Load())
 	}
 	if err := errors.Join(unix.Unmount(dir, 0), s.Cleanup(ctx)); err != nil {
 		t.Fatal(err)
