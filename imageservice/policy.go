@@ -1,9 +1,14 @@
 package imageservice
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/containers/image/v5/docker"
 	"github.com/containers/image/v5/docker/reference"
@@ -62,22 +67,12 @@ func (s *Service) allowed(ctx context.Context, img types.UnparsedImage) error {
 
 // checkSigned has containers/image fetch the signatures of the manifest with digest d:
 // from where registries.d says, from the registry's own extension, or the attachments of
-// sigstore.
+// sigstore. It is enough if they are at one of the endpoints.
 func (s *Service) checkSigned(ctx context.Context, src *source, auth *Auth, ref types.ImageReference, d digest.Digest) error {
 	var errs []error
-	for _, named := range src.signatureNames() {
-		signed, sys, err := s.signatureSource(src, named, auth, d)
-		if err != nil {
-			return err
-		}
-		got, err := signed.NewImageSource(ctx, sys)
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		defer got.Close()
-		img := image.UnparsedInstanceWithReference(image.UnparsedInstance(got, &d), ref)
-		if err = s.allowed(ctx, img); err == nil {
+	for _, r := range append(src.knownByHosts(d), nil) {
+		err := s.checkSignedAt(ctx, src, r, auth, ref, d)
+		if err == nil {
 			return nil
 		}
 		errs = append(errs, err)
@@ -85,40 +80,79 @@ func (s *Service) checkSigned(ctx context.Context, src *source, auth *Auth, ref 
 	return errors.Join(errs...)
 }
 
-// signatureNames are the names under which signatures are asked for. nil stands for the
-// image's own name, whose mirrors containers/image finds in registries.conf by itself;
-// those of hosts.toml it does not know, so they are given one by one.
-func (src *source) signatureNames() []*remote {
-	var out []*remote
-	for _, r := range src.remotes {
-		if r.mirror && r.Namespace != "" && r.Path == "/v2" {
-			out = append(out, r)
-		}
-	}
-	return append(out, nil)
+// knownByHosts are the mirrors that only hosts.toml names, as far as containers/image can
+// ask them: it knows no other path of the API than /v2. Those of registries.conf it
+// finds by itself from the image's name.
+func (src *source) knownByHosts(d digest.Digest) []*remote {
+	return slices.DeleteFunc(src.usable(d.String(), false), func(r *remote) bool {
+		return r.Namespace == "" || r.Path != "/v2" && !strings.HasPrefix(r.Path, "/v2/")
+	})
 }
 
-func (s *Service) signatureSource(src *source, r *remote, auth *Auth, d digest.Digest) (types.ImageReference, *types.SystemContext, error) {
-	sys := s.systemContext()
-	named := src.named
+// checkSignedAt is checkSigned at one mirror, or at the image's own name if that is nil.
+func (s *Service) checkSignedAt(ctx context.Context, src *source, r *remote, auth *Auth, ref types.ImageReference, d digest.Digest) error {
+	sys, named := s.systemContext(), src.named
 	if r != nil {
 		named = r.named
-	} else {
-		r = src.remotes[len(src.remotes)-1]
-		if auth.isFor(serverHost(r.Host), true) {
-			sys.DockerAuthConfig = &types.DockerAuthConfig{
-				Username: r.Credentials.Username, Password: r.Credentials.Password, IdentityToken: r.Credentials.IdentityToken,
-			}
-			sys.DockerBearerRegistryToken = r.Credentials.RegistryToken
+		done, err := r.describe(sys)
+		if err != nil {
+			return err
 		}
-	}
-	if r.insecure {
-		sys.DockerInsecureSkipTLSVerify = types.OptionalBoolTrue
+		defer done()
+	} else {
+		own := src.remotes[len(src.remotes)-1]
+		if own.insecure {
+			sys.DockerInsecureSkipTLSVerify = types.OptionalBoolTrue
+		}
+		if auth.isFor(serverHost(own.Host), true) {
+			sys.DockerAuthConfig = &types.DockerAuthConfig{
+				Username: own.Credentials.Username, Password: own.Credentials.Password, IdentityToken: own.Credentials.IdentityToken,
+			}
+			sys.DockerBearerRegistryToken = own.Credentials.RegistryToken
+		}
 	}
 	canonical, err := reference.WithDigest(reference.TrimNamed(named), d)
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w: %w", ErrInvalidReference, err)
+		return fmt.Errorf("%w: %w", ErrInvalidReference, err)
 	}
-	ref, err := docker.NewReference(canonical)
-	return ref, sys, err
+	at, err := docker.NewReference(canonical)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrInvalidReference, err)
+	}
+	got, err := at.NewImageSource(ctx, sys)
+	if err != nil {
+		return err
+	}
+	defer got.Close()
+	return s.allowed(ctx, image.UnparsedInstanceWithReference(image.UnparsedInstance(got, &d), ref))
+}
+
+// describe tells containers/image what hosts.toml says about the endpoint. It takes
+// certificates from a directory of its own form, which exists until done.
+func (r *remote) describe(sys *types.SystemContext) (done func(), err error) {
+	if r.insecure || r.Scheme == "http" {
+		sys.DockerInsecureSkipTLSVerify = types.OptionalBoolTrue
+	}
+	if len(r.caFiles)+len(r.clientFiles) == 0 {
+		return func() {}, nil
+	}
+	dir, err := os.MkdirTemp("", "berth-certs-")
+	if err != nil {
+		return nil, fmt.Errorf("signatures: %w", err)
+	}
+	links := map[string]string{}
+	for i, f := range r.caFiles {
+		links[fmt.Sprintf("%d.crt", i)] = f
+	}
+	for i, f := range r.clientFiles {
+		links[fmt.Sprintf("%d.cert", i)], links[fmt.Sprintf("%d.key", i)] = f[0], cmp.Or(f[1], f[0])
+	}
+	for name, target := range links {
+		if err := os.Symlink(target, filepath.Join(dir, name)); err != nil {
+			os.RemoveAll(dir)
+			return nil, fmt.Errorf("signatures: %w", err)
+		}
+	}
+	sys.DockerCertPath = dir
+	return func() { os.RemoveAll(dir) }, nil
 }
