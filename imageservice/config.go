@@ -50,6 +50,10 @@ type Config struct {
 	// more, so that a caller who comes back finds it further on: default 5 min.
 	OrphanTimeout time.Duration
 
+	// ParallelRanges is over how many connections a layer of 32 MiB or more is fetched at
+	// once: 1 to 16, default 1. Each but the first takes 4 MiB of memory.
+	ParallelRanges int
+
 	// RegistriesConf and RegistriesConfDir are registries.conf (v2) and its drop-ins.
 	// "" means those of the host, /etc/containers/registries.conf and .conf.d.
 	RegistriesConf, RegistriesConfDir string
@@ -111,6 +115,9 @@ func (c Config) withDefaults() (Config, error) {
 	retries := int64(c.Retries)
 	def(&retries, 5)
 	c.Retries = int(retries)
+	ranges := int64(c.ParallelRanges)
+	def(&ranges, 1)
+	c.ParallelRanges = int(ranges)
 	def((*int64)(&c.PullTimeout), int64(time.Hour))
 	def((*int64)(&c.StallTimeout), int64(time.Minute))
 	def((*int64)(&c.OrphanTimeout), int64(5*time.Minute))
@@ -138,6 +145,7 @@ func (c Config) validate() error {
 		{"MaxConfigBytes", c.MaxConfigBytes, 1 << 10, maxConfigBytes},
 		{"MinRate", c.MinRate, 1, 1 << 30},
 		{"Retries", int64(c.Retries), 1, 100},
+		{"ParallelRanges", int64(c.ParallelRanges), 1, 16},
 	} {
 		if f.v < f.min || f.v > f.max {
 			return fmt.Errorf("images config: %s = %d: must be %d to %d", f.name, f.v, f.min, f.max)

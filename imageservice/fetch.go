@@ -29,8 +29,12 @@ type blobReader struct {
 	src    *source
 	blob   string // digest
 	size   int64  // as the manifest states
+	end    int64  // of what is to be read; size for all of it
 	record *layerRecord
 	broken error // what an end before the blob's is
+	// untimed: somebody else measures what the wait for these bytes costs.
+	untimed bool
+	partial bool // the endpoint answered with a range
 
 	// The connection, if there is one.
 	body    *registry.Blob
@@ -56,8 +60,16 @@ type blobReader struct {
 func (s *Service) newBlobReader(ctx context.Context, src *source, blob string, size int64, record *layerRecord) *blobReader {
 	ctx, cancel := context.WithCancelCause(ctx)
 	return &blobReader{
-		ctx: ctx, cancel: cancel, src: src, blob: blob, size: size, record: record, broken: io.ErrUnexpectedEOF,
+		ctx: ctx, cancel: cancel, src: src, blob: blob, size: size, end: size, record: record, broken: io.ErrUnexpectedEOF,
 		etags: map[*remote]string{}, tried: map[*remote]bool{}, refused: map[*remote]bool{},
+	}
+}
+
+// fork is a reader of another part of the same blob.
+func (b *blobReader) fork(ctx context.Context, cancel context.CancelCauseFunc, from, end int64) *blobReader {
+	return &blobReader{
+		ctx: ctx, cancel: cancel, src: b.src, blob: b.blob, size: b.size, off: from, failedAt: from, end: end, record: b.record, broken: b.broken,
+		untimed: true, etags: map[*remote]string{}, tried: map[*remote]bool{}, refused: map[*remote]bool{},
 	}
 }
 
@@ -78,7 +90,7 @@ func (b *blobReader) Read(p []byte) (int, error) {
 			b.disconnect()
 			return 0, context.Cause(b.ctx)
 		}
-		if b.off >= b.size {
+		if b.off >= b.end {
 			b.disconnect()
 			return 0, io.EOF
 		}
@@ -88,7 +100,7 @@ func (b *blobReader) Read(p []byte) (int, error) {
 			err = b.connect()
 		}
 		if err == nil {
-			n, err = b.receive(p[:min(int64(len(p)), b.size-b.off)])
+			n, err = b.receive(p[:min(int64(len(p)), b.end-b.off)])
 			b.off += int64(n)
 		}
 		if err != nil {
@@ -110,9 +122,13 @@ func (b *blobReader) connect() error {
 	}
 	b.conn, b.connEnd = context.WithCancelCause(b.ctx)
 	b.waited, b.got = 0, 0
+	to := b.end
+	if to == b.size {
+		to = -1
+	}
 	err := b.watch(func() (int, error) {
 		var err error
-		b.body, err = b.from.client.Blob(b.conn, b.blob, b.off, -1, b.etags[b.from])
+		b.body, err = b.from.client.Blob(b.conn, b.blob, b.off, to, b.etags[b.from])
 		return 0, err
 	})
 	if err != nil {
@@ -121,7 +137,7 @@ func (b *blobReader) connect() error {
 	if b.body.Size >= 0 && b.body.Size != b.size {
 		return fmt.Errorf("it has %d bytes there, the manifest says %d: %w", b.body.Size, b.size, ErrDigestMismatch)
 	}
-	b.etags[b.from] = b.body.ETag
+	b.etags[b.from], b.partial = b.body.ETag, b.body.Partial
 	b.record.change(func(l *LayerProgress) { l.Endpoint = b.from.Host })
 	skip := make([]byte, 64<<10)
 	for at := b.body.Offset; at < b.off; {
@@ -178,7 +194,7 @@ func (b *blobReader) receive(p []byte) (n int, err error) {
 	})
 	if err == io.EOF {
 		err = b.broken
-		if b.off+int64(n) >= b.size {
+		if b.off+int64(n) >= b.end {
 			err = nil
 		}
 	}
@@ -199,6 +215,9 @@ func (b *blobReader) watch(wait func() (int, error)) error {
 	timer.Stop()
 	took := time.Since(began)
 	b.waited += took
+	if b.untimed {
+		took = 0
+	}
 	b.record.received(n, took)
 	if b.got += int64(n); b.got >= max(int64(b.patience().Seconds()*float64(b.src.cfg.MinRate)), 1) {
 		b.waited, b.got = 0, 0

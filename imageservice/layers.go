@@ -288,7 +288,7 @@ type layerBytes interface {
 // openLayer is the stream of a layer, from a registry or an archive.
 func (s *Service) openLayer(ctx context.Context, pl *plan, l layerRow, record *layerRecord) (layerBytes, error) {
 	if pl.local == nil {
-		return s.newBlobReader(ctx, pl.src, l.Digest, l.Size, record), nil
+		return s.newLayerReader(ctx, pl.src, l, record), nil
 	}
 	r, err := pl.local(digest.Digest(l.Digest))
 	if err != nil {

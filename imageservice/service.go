@@ -41,6 +41,8 @@ type Service struct {
 	seen      string        // fingerprint of the files of the last reload; guarded by reloadMu
 	done      chan struct{} // closed by Close
 
+	rangeBytes int64 // the constant, but for tests
+
 	// commitMu orders changes to the book's image rows and the view with them.
 	commitMu sync.Mutex
 
@@ -63,7 +65,7 @@ func New(ctx context.Context, cfg Config, st *store.Store, sn snapshotter.Snapsh
 	}
 	s := &Service{
 		cfg: cfg, book: st, sn: sn, slots: make(chan struct{}, cfg.MaxConcurrentLayers), run: time.Now().UnixNano(),
-		done:  make(chan struct{}),
+		done: make(chan struct{}), rangeBytes: rangeBytes,
 		pulls: map[pullKey]*pull{}, flights: map[string]*flight{}, extracting: map[string]bool{},
 		chains: chains{held: map[string]int{}, condemned: map[string]chan struct{}{}},
 	}

@@ -14,6 +14,8 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	mathbig "math/big"
 	"net"
 	"net/http"
@@ -96,7 +98,7 @@ func secure(n *node, ca *authority, wrap func(http.Handler) http.Handler) (host 
 	srv := httptest.NewUnstartedServer(wrap(n.reg))
 	srv.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool}
 	srv.EnableHTTP2 = true
-	srv.Config.ErrorLog = nil
+	srv.Config.ErrorLog = log.New(io.Discard, "", 0)
 	srv.StartTLS()
 	n.t.Cleanup(srv.Close)
 	return strings.TrimPrefix(srv.URL, "https://")

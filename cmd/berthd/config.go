@@ -53,7 +53,7 @@ type config struct {
 	PreloadPin                                       bool
 	MaxConcurrentLayers, MaxLayerBytes               int64
 	PullTimeout, PullStallTimeout, PullOrphanTimeout time.Duration
-	PullMinRate, PullRetries                         int64
+	PullMinRate, PullRetries, PullParallelRanges     int64
 
 	// origin tells where a key was set, as "file:line" or a flag, for errors.
 	origin map[string]string
@@ -174,6 +174,8 @@ func (c *config) fields() []*field {
 			"What next to nothing is: less than this in a second, for one layer, on average."),
 		integer(&c.PullRetries, "pull_retries", 5, 1, 100,
 			"How often in a row, without progress, a registry is asked again that cannot be reached, breaks the connection or answers with a server error."),
+		integer(&c.PullParallelRanges, "pull_parallel_ranges", 1, 1, 16,
+			"Over how many connections a layer of 32 MiB or more is fetched at once. It helps where a registry or the way to it gives each connection only so much; each connection takes 4 MiB of memory."),
 		duration(&c.PullOrphanTimeout, "pull_orphan_timeout", 5*time.Minute, time.Second, 24*time.Hour,
 			"How long a pull goes on when nobody waits for it any more."),
 	}

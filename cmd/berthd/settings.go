@@ -52,7 +52,7 @@ func (c *config) images() imageservice.Config {
 		SnapshotsDir:        filepath.Join(c.StateDir, "snapshots"),
 		MaxConcurrentLayers: int(c.MaxConcurrentLayers), MaxLayerBytes: c.MaxLayerBytes,
 		PullTimeout: c.PullTimeout, StallTimeout: c.PullStallTimeout, OrphanTimeout: c.PullOrphanTimeout,
-		MinRate: c.PullMinRate, Retries: int(c.PullRetries),
+		MinRate: c.PullMinRate, Retries: int(c.PullRetries), ParallelRanges: int(c.PullParallelRanges),
 		RegistriesConf: c.RegistriesConf, RegistriesConfDir: c.RegistriesConfDir, RegistriesDir: c.RegistriesDir,
 		CertsDir: c.CertsDir, HostsDir: c.HostsDir, PolicyPath: c.PolicyPath, AuthFile: c.AuthFile,
 		UnqualifiedRegistry: c.UnqualifiedRegistry, InsecureRegistries: c.InsecureRegistries,

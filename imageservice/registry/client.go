@@ -156,6 +156,8 @@ type Blob struct {
 	Offset int64  // of its first byte: what was asked for, or 0 when the server ignores ranges
 	Size   int64  // of the whole blob; -1 when the server does not tell
 	ETag   string // strong validator; "" for none
+	// Partial: the server knows ranges, as it answered with one.
+	Partial bool
 }
 
 // Blob gets a blob from byte from on, up to but not including byte to, or to its end if to
@@ -187,6 +189,7 @@ func (c *Client) Blob(ctx context.Context, digest string, from, to int64, etag s
 	if res.StatusCode != http.StatusPartialContent {
 		return b, nil
 	}
+	b.Partial = true
 	if b.Offset, b.Size, err = contentRange(res.Header.Get("Content-Range")); err != nil || !ranged || b.Offset != from {
 		res.Body.Close()
 		return nil, fmt.Errorf("range %.60q for bytes from %d on: %w", res.Header.Get("Content-Range"), from, ErrProtocol)

@@ -297,13 +297,13 @@ func (s *Server) send(w http.ResponseWriter, q *http.Request, body []byte, f Fau
 		body = flipped(body)
 	}
 	status := http.StatusOK
-	if from, err := rangeStart(q.Header.Get("Range")); err == nil && !f.NoRange {
+	if from, to, err := byteRange(q.Header.Get("Range"), int64(len(body))); err == nil && !f.NoRange {
 		if from >= int64(len(body)) {
 			answer(w, http.StatusRequestedRangeNotSatisfiable, "RANGE_INVALID", "range begins after the end")
 			return
 		}
-		w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from, len(body)-1, len(body)))
-		body, status = body[from:], http.StatusPartialContent
+		w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from, to-1, len(body)))
+		body, status = body[from:to], http.StatusPartialContent
 	}
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.Header().Set("Accept-Ranges", "bytes")
@@ -366,18 +366,24 @@ func split(p string) (repo, kind, name string, err error) {
 	return strings.Join(parts[:n-2], "/"), parts[n-2], parts[n-1], nil
 }
 
-// rangeStart reads the only form of a range that pull clients send: "bytes=N-".
-func rangeStart(h string) (int64, error) {
+// byteRange reads the forms of a range that pull clients send: "bytes=N-" and "bytes=N-M".
+// The result is from, inclusive, and to, exclusive.
+func byteRange(h string, size int64) (from, to int64, err error) {
 	v, ok := strings.CutPrefix(h, "bytes=")
 	if !ok {
-		return 0, errors.New("no byte range")
+		return 0, 0, errors.New("no byte range")
 	}
-	from, _, _ := strings.Cut(v, "-")
-	n, err := strconv.ParseInt(from, 10, 64)
-	if err != nil || n < 0 {
-		return 0, fmt.Errorf("range %q: a start is wanted", h)
+	first, last, _ := strings.Cut(v, "-")
+	if from, err = strconv.ParseInt(first, 10, 64); err != nil || from < 0 {
+		return 0, 0, fmt.Errorf("range %q: a start is wanted", h)
 	}
-	return n, nil
+	if last == "" {
+		return from, size, nil
+	}
+	if to, err = strconv.ParseInt(last, 10, 64); err != nil || to < from {
+		return 0, 0, fmt.Errorf("range %q: it ends before it begins", h)
+	}
+	return from, min(to+1, size), nil
 }
 
 // errorCodes are the codes that registries send with these statuses.
