@@ -79,8 +79,22 @@ func ignoreGone(err error) error {
 	return err
 }
 
-// removeUnused removes the cgroups that were made for a pod, innermost first. One
-// that has others below it, of another pod with the same parent, stays.
+// onlyFor returns the cgroups that were made for pods and that no other pod, which
+// is not to go as well, is in: it may be without a container yet, and its first
+// one in the middle of being put in there.
+func (v *view) onlyFor(p *pod) []string {
+	return slices.DeleteFunc(slices.Clone(p.Cgroups), func(d string) bool {
+		for _, other := range v.pods {
+			if other.ID != p.ID && !other.Removing && slices.Contains(other.Cgroups, d) {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// removeUnused removes cgroups, innermost first. One that has others below it, of
+// another pod with the same parent, stays.
 func removeUnused(dirs []string) error {
 	var errs []error
 	for _, d := range slices.Backward(dirs) {
@@ -115,7 +129,7 @@ func (s *Service) destroyPod(ctx context.Context, o *op, id string) error {
 		err = o.steps(ctx, []step{
 			// Not before the containers are removed: until then their own cgroups
 			// may still be in there, and nobody would come back for these.
-			{"cgroup", func(context.Context) error { return removeUnused(p.Cgroups) }},
+			{"cgroup", func(context.Context) error { return removeUnused(s.book.view().onlyFor(p)) }},
 			{"files", func(context.Context) error { return s.removePodFiles(id) }},
 			{"row", func(context.Context) error { return s.book.deletePod(id) }},
 		})

@@ -41,3 +41,24 @@ func TestOwnCgroups(t *testing.T) {
 		}
 	}
 }
+
+// TestOnlyFor: a cgroup that several pods are in is left alone until the last one
+// is to go.
+func TestOnlyFor(t *testing.T) {
+	a, b := "/none/a", "/none/a/b"
+	v := &view{pods: map[string]*pod{}}
+	for id, dirs := range map[string][]string{"first": {a, b}, "second": {a, b}, "outer": {a}, "foreign": nil} {
+		v.pods[id] = &pod{podRow: podRow{ID: id, Cgroups: dirs}}
+	}
+	check := func(what string, got []string, want ...string) {
+		t.Helper()
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: got %v, want %v", what, got, want)
+		}
+	}
+	check("the others have them", v.onlyFor(v.pods["first"]))
+	delete(v.pods, "first")
+	check("the outer one is in use", v.onlyFor(v.pods["second"]), b)
+	v.pods["outer"].Removing = true
+	check("nobody else is to stay", v.onlyFor(v.pods["second"]), a, b)
+}
