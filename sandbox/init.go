@@ -56,6 +56,7 @@ func (s *Service) makeInit(ctx context.Context, o *op, p *pod) error {
 	}
 	var launched shim.Launched
 	err = o.steps(ctx, []step{
+		{"intent", func(context.Context) error { return s.noteInit(p.ID) }},
 		// What is left of an init that was not finished has the same ID.
 		{"clear", func(ctx context.Context) error {
 			if !unfinished {
@@ -80,6 +81,7 @@ func (s *Service) makeInit(ctx context.Context, o *op, p *pod) error {
 			}
 			return s.initLives(p.ID)
 		}},
+		{"note", func(context.Context) error { return s.noteInit(p.ID) }},
 	})
 	if err != nil {
 		undo, cancel := cleanup(ctx, undoTimeout)
@@ -91,6 +93,15 @@ func (s *Service) makeInit(ctx context.Context, o *op, p *pod) error {
 		err = errors.Join(err, e)
 	}
 	return err
+}
+
+// noteInit writes the note of a pod anew that had one before its init. That of a
+// pod which is being made is written when it is done.
+func (s *Service) noteInit(podID string) error {
+	if p := s.book.view().pods[podID]; p == nil || p.State == StateCreating {
+		return nil
+	}
+	return s.writePodNote(podID)
 }
 
 // initLives tells of an init that ended before it was in the book, which initEnded

@@ -8,9 +8,9 @@ import (
 )
 
 // A note is a copy of a row beside the effects of its object, in the run
-// directory. It is written once, when the object has become usable, and read
-// only if the book is lost: it is not a second truth but a message to whoever
-// has to start again without the first one.
+// directory. It is written when the object has become usable, and for a pod again
+// when it gets an init, and read only if the row is lost: it is not a second
+// truth but a message to whoever has to start again without the first one.
 
 const noteFile = "note.json"
 
@@ -29,7 +29,14 @@ func writeNote(dir string, row any) error {
 	if err != nil {
 		return fmt.Errorf("note: %w", err)
 	}
-	return os.WriteFile(filepath.Join(dir, noteFile), text, 0o600)
+	path := filepath.Join(dir, noteFile)
+	if err := os.WriteFile(path+".new", text, 0o600); err != nil {
+		return fmt.Errorf("note: %w", err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		return fmt.Errorf("note: %w", err)
+	}
+	return nil
 }
 
 // readNotes reads the notes in the subdirectories of dir that are named by IDs.

@@ -286,6 +286,9 @@ func (s *Service) rebuild(ctx context.Context) error {
 			if _, err := podTable.Get(tx, r.ID); !errors.Is(err, store.ErrNotFound) {
 				continue
 			}
+			if !r.Init && exists(s.bundleDir(r.ID)) {
+				r.Init = true // made after the note, and not finished
+			}
 			if err := podTable.Put(tx, r.ID, r); err != nil {
 				return err
 			}

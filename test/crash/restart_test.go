@@ -229,6 +229,11 @@ func TestBookLost(t *testing.T) {
 	r := startNode(t, node.Options{})
 	pod, cfg := r.pod("book")
 	id := r.launch(pod, cfg, "survivor", "/guest", "lines", "0", "5000")
+	// An init that the pod gets only when a container wants it.
+	shares := node.ContainerConfig("shares", refs[images.Busybox], "sleep", "300")
+	shares.Linux.SecurityContext.NamespaceOptions.Pid = runtime.NamespaceMode_POD
+	withInit, err := r.client.Launch(r.ctx, pod, shares, cfg)
+	r.must(err)
 	r.must(r.Kill())
 	book := filepath.Join(r.StateDir, "book.db")
 	raw, err := os.ReadFile(book)
@@ -253,6 +258,15 @@ func TestBookLost(t *testing.T) {
 	r.must(err)
 	if len(ps.Items) != 1 || ps.Items[0].Metadata.GetName() != "book" {
 		t.Errorf("pod: %v", ps.Items)
+	}
+	if got := r.exec(withInit, "ps -o args"); !strings.Contains(got, "berth-init") {
+		t.Errorf("processes %q, want the pod's init", got)
+	}
+	shares.Metadata.Name, shares.LogPath = "more", "more.log"
+	more, err := r.client.Launch(r.ctx, pod, shares, cfg)
+	r.must(err)
+	if a, b := r.exec(withInit, "readlink /proc/self/ns/pid"), r.exec(more, "readlink /proc/self/ns/pid"); a != b {
+		t.Errorf("PID namespaces %q and %q, want one", a, b)
 	}
 }
 
