@@ -1,6 +1,8 @@
 package sandbox
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"maps"
@@ -56,15 +58,15 @@ func (b *book) now() int64 {
 	return b.last
 }
 
-// load reads every row. Rows that cannot be decoded are moved to quarantine by
-// the store, or reported in bad here, and left out.
-func (b *book) load() (bad []error, err error) {
+// load reads every row. Those that cannot be decoded are moved to quarantine, by
+// the store or here, and left out.
+func (b *book) load() error {
 	v := &view{pods: map[string]*pod{}, containers: map[string]*container{}}
-	err = b.st.View(func(tx *store.Tx) error {
-		err := podTable.Each(tx, func(_ string, r podRow) error {
+	err := b.st.View(func(tx *store.Tx) error {
+		err := podTable.Each(tx, func(key string, r podRow) error {
 			p, err := decodePod(r)
-			if err != nil {
-				bad = append(bad, err)
+			if err != nil || r.ID != key {
+				podTable.Reject(tx, key, fmt.Errorf("row of pod %.64q: %w", r.ID, cmp.Or(err, errForeignRow)))
 				return nil
 			}
 			v.pods[r.ID] = p
@@ -74,10 +76,10 @@ func (b *book) load() (bad []error, err error) {
 		if err != nil {
 			return err
 		}
-		return containerTable.Each(tx, func(_ string, r containerRow) error {
+		return containerTable.Each(tx, func(key string, r containerRow) error {
 			c, err := decodeContainer(r)
-			if err != nil {
-				bad = append(bad, err)
+			if err != nil || r.ID != key {
+				containerTable.Reject(tx, key, fmt.Errorf("row of container %.64q: %w", r.ID, cmp.Or(err, errForeignRow)))
 				return nil
 			}
 			v.containers[r.ID] = c
@@ -86,12 +88,15 @@ func (b *book) load() (bad []error, err error) {
 		})
 	})
 	if err != nil {
-		return nil, fmt.Errorf("book: %w", err)
+		return fmt.Errorf("book: %w", err)
 	}
 	v.index()
 	b.cur.Store(v)
-	return bad, nil
+	return nil
 }
+
+// errForeignRow: a row says that it is about another object than its key.
+var errForeignRow = errors.New("under another ID")
 
 func (v *view) index() {
 	v.byPod = make(map[string][]*container, len(v.pods))

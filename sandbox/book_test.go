@@ -18,7 +18,7 @@ func mustBook(t *testing.T) *book {
 	}
 	t.Cleanup(func() { st.Close() })
 	b := newBook(st)
-	if _, err := b.load(); err != nil {
+	if err := b.load(); err != nil {
 		t.Fatal(err)
 	}
 	return b
@@ -65,7 +65,7 @@ func TestBookPublishesWhatItCommitted(t *testing.T) {
 		}
 	}
 	again := newBook(b.st)
-	if _, err := again.load(); err != nil {
+	if err := again.load(); err != nil {
 		t.Fatal(err)
 	}
 	if got, want := fmt.Sprint(len(again.view().containers)), fmt.Sprint(n); got != want {

@@ -263,7 +263,7 @@ func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error 
 	s.stats.drop(id)
 	s.undo.Delete(id)
 	s.freeImages(ctx, c)
-	if s.deps.Store.Rebuilt() {
+	if s.lostSnapshots() {
 		s.kick() // it may have been the last one that forgetRebuild waits for
 	}
 	return nil

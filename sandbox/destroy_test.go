@@ -36,7 +36,7 @@ func TestDestroyWithoutAMark(t *testing.T) {
 	s := &Service{book: newBook(st), ops: newOps(), live: newLive(), stats: newStatsCache(), forwards: newForwards(),
 		wake: make(chan struct{}, 1), ctx: t.Context(), runtimes: map[string]ociRuntime{}, deps: Deps{Store: st, Snapshots: l},
 		cfg: Config{RunDir: t.TempDir(), StateDir: t.TempDir(), PodTimeout: time.Minute, ContainerTimeout: time.Minute, CgroupDriver: cgroup.Cgroupfs}}
-	if _, err := s.book.load(); err != nil {
+	if err := s.book.load(); err != nil {
 		t.Fatal(err)
 	}
 	pod, id := newID(), newID()

@@ -156,21 +156,38 @@ func (s *Service) finish(ctx context.Context) (left bool) {
 	return left
 }
 
-// forgetRebuild ends the special care for a rebuilt book when no container is left
-// whose layers it cannot name.
-func (s *Service) forgetRebuild() {
-	if !s.deps.Store.Rebuilt() {
-		return
-	}
-	for id := range s.book.view().containers {
-		if _, err := s.deps.Snapshots.Stat(s.ctx, id); err != nil {
-			return
+// layersKnown tells whether no container is left whose layers the book cannot name,
+// because it was rebuilt or rows of it were unreadable.
+func (s *Service) layersKnown(ctx context.Context) bool {
+	for _, c := range s.book.view().containers {
+		for _, key := range c.snapshots() {
+			_, err := s.deps.Snapshots.Stat(ctx, key)
+			if err != nil && (c.State != StateCreating || !errors.Is(err, snapshotter.ErrNotFound)) {
+				return false
+			}
 		}
 	}
-	log := klog.FromContext(s.ctx)
-	if err := s.deps.Store.ClearRebuilt(); err != nil {
-		log.Error(err, "Mark of the rebuilt book not removed")
+	return true
+}
+
+// lostSnapshots tells whether somebody's layers may be unknown to the book.
+func (s *Service) lostSnapshots() bool {
+	c, ok := s.deps.Snapshots.(snapshotter.Cleaner)
+	return s.deps.Store.Rebuilt() || ok && c.Lost()
+}
+
+// forgetRebuild ends the special care for a book that lost rows when no container
+// is left that they may be about.
+func (s *Service) forgetRebuild() {
+	if !s.lostSnapshots() || !s.layersKnown(s.ctx) {
 		return
+	}
+	log := klog.FromContext(s.ctx)
+	if s.deps.Store.Rebuilt() {
+		if err := s.deps.Store.ClearRebuilt(); err != nil {
+			log.Error(err, "Mark of the rebuilt book not removed")
+			return
+		}
 	}
 	if err := s.cleanSnapshots(s.ctx); err != nil {
 		log.Error(err, "Snapshots not swept")
@@ -243,6 +260,9 @@ func (s *Service) sweepSnapshots(ctx context.Context, gone func(kind, id string,
 	})
 	for _, k := range keys {
 		gone("snapshot", snapshotOwner(k), func(ctx context.Context) error { return s.deps.Snapshots.Remove(ctx, k) })
+	}
+	if s.lostSnapshots() && !s.layersKnown(ctx) {
+		return err // forgetRebuild will
 	}
 	return errors.Join(err, s.cleanSnapshots(ctx))
 }

@@ -2,9 +2,12 @@ package sandbox
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"github.com/berthd/berth/store"
 )
 
 // A note is a copy of a row beside the effects of its object, in the run
@@ -39,6 +42,37 @@ func writeNote(dir string, row any) error {
 	return nil
 }
 
+// restoreRow puts the row of a note into a table. The error is os.ErrNotExist if
+// there is no note.
+func restoreRow[T interface{ key() string }](st *store.Store, table store.Table[T], id, dir string, check func(T) error) error {
+	r, err := readNote[T](dir)
+	if err == nil {
+		err = check(r)
+	}
+	if err == nil && r.key() != id {
+		err = errForeignRow
+	}
+	if err != nil {
+		return fmt.Errorf("note in %s: %w", dir, err)
+	}
+	return st.Update(func(tx *store.Tx) error { return table.Put(tx, id, r) })
+}
+
+func (r podRow) key() string       { return r.ID }
+func (r containerRow) key() string { return r.ID }
+
+// readNote reads the note in a directory; os.ErrNotExist if there is none.
+func readNote[T any](dir string) (r T, err error) {
+	text, err := readBounded(filepath.Join(dir, noteFile), 2*maxConfig)
+	if err == nil && len(text) == 0 {
+		err = os.ErrNotExist
+	}
+	if err == nil {
+		err = json.Unmarshal(text, &r)
+	}
+	return r, err
+}
+
 // readNotes reads the notes in the subdirectories of dir that are named by IDs.
 func readNotes[T any](dir string) (rows []T, errs []error) {
 	entries, err := os.ReadDir(dir)
@@ -49,17 +83,12 @@ func readNotes[T any](dir string) (rows []T, errs []error) {
 		if !validID(e.Name()) {
 			continue
 		}
-		path := filepath.Join(dir, e.Name(), noteFile)
-		text, err := readBounded(path, 2*maxConfig)
-		if err == nil && len(text) == 0 {
+		r, err := readNote[T](filepath.Join(dir, e.Name()))
+		if errors.Is(err, os.ErrNotExist) {
 			continue // half made, or an init's bundle
 		}
-		var r T
-		if err == nil {
-			err = json.Unmarshal(text, &r)
-		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("note %s: %w", path, err))
+			errs = append(errs, fmt.Errorf("note of %s: %w", e.Name(), err))
 			continue
 		}
 		rows = append(rows, r)

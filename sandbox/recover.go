@@ -105,12 +105,14 @@ func (s *Service) recover(ctx context.Context) error {
 			return err
 		}
 	}
-	bad, err := s.book.load()
+	err := s.book.load()
 	if err != nil {
 		return err
 	}
-	for _, e := range bad {
-		log.Error(e, "Row left out")
+	if s.restore(ctx) > 0 {
+		if err := s.book.load(); err != nil {
+			return err
+		}
 	}
 	v := s.book.view()
 	containers := make([]*container, 0, len(v.containers))
@@ -137,6 +139,9 @@ func (s *Service) recover(ctx context.Context) error {
 func (s *Service) recoverContainer(ctx context.Context, c *container) error {
 	o := s.observe(ctx, c.ID, c.BootID, s.exitFile(c.ID), c.State != StateExited)
 	v := decideContainer(c.containerRow, o, time.Now())
+	if s.book.view().pods[c.PodID] == nil {
+		v = verdict{destroy: true} // its pod was lost, and is swept
+	}
 	if v.destroy || v.state == "" {
 		return s.markRemoving(c, v.destroy)
 	}
@@ -179,6 +184,41 @@ func (s *Service) recoverContainer(ctx context.Context, c *container) error {
 		s.bg.Go(func() { s.markEnded(c.ID, v.exit) })
 	}
 	return err
+}
+
+// restore puts the notes of objects into the book whose rows were unreadable, and
+// returns how many. One without a note is swept with all that belongs to it.
+func (s *Service) restore(ctx context.Context) (n int) {
+	log := klog.FromContext(ctx)
+	v := s.book.view()
+	for _, q := range s.deps.Store.Quarantined() {
+		var err error
+		switch {
+		case !validID(q.Key):
+			continue
+		case q.Table == podTable.Name() && v.pods[q.Key] == nil:
+			err = restoreRow(s.deps.Store, podTable, q.Key, s.podDir(q.Key), func(r podRow) error {
+				_, err := decodePod(r)
+				return err
+			})
+		case q.Table == containerTable.Name() && v.containers[q.Key] == nil:
+			err = restoreRow(s.deps.Store, containerTable, q.Key, s.bundleDir(q.Key), func(r containerRow) error {
+				_, err := decodeContainer(r)
+				return err
+			})
+		default:
+			continue
+		}
+		switch {
+		case err == nil:
+			n++
+			log.Info("Row restored from its note", "table", q.Table, "id", q.Key, "reason", q.Reason)
+		case errors.Is(err, os.ErrNotExist):
+		default:
+			log.Error(err, "Row not restored", "table", q.Table, "id", q.Key, "reason", q.Reason)
+		}
+	}
+	return n
 }
 
 // markRemoving hides an object that is to be destroyed; the janitor does it.

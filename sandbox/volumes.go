@@ -192,17 +192,22 @@ func volumeMounts(bundle string, volumes []imageVolume, mountLabel string) ([]sh
 
 // removeSnapshots removes the writable layer of a container and its views.
 func (s *Service) removeSnapshots(ctx context.Context, c *container) error {
-	keys := []string{c.ID}
-	for _, v := range c.Volumes {
-		keys = append(keys, volumeKey(c.ID, v.Mount))
-	}
 	var errs []error
-	for _, k := range keys {
+	for _, k := range c.snapshots() {
 		if err := s.deps.Snapshots.Remove(ctx, k); !errors.Is(err, snapshotter.ErrNotFound) {
 			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// snapshots are the keys of the container's writable layer and of its views.
+func (c *container) snapshots() []string {
+	keys := []string{c.ID}
+	for _, v := range c.Volumes {
+		keys = append(keys, volumeKey(c.ID, v.Mount))
+	}
+	return keys
 }
 
 // images are the IDs of the images that the container is made of.

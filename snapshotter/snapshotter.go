@@ -170,9 +170,14 @@ type Snapshotter interface {
 }
 
 // Cleaner is a Snapshotter that can sweep: remove what is on disk and has no
-// snapshot that it belongs to, as a crash in the middle of Remove leaves it.
+// snapshot that it belongs to, as a crash in the middle of Remove leaves it. The
+// caller makes sure that every snapshot which is mounted somewhere exists, that
+// is, that Stat finds it; what it is on is the Snapshotter's to know.
 type Cleaner interface {
 	Cleanup(ctx context.Context) error
+	// Lost tells whether records of snapshots were lost and a Cleanup, when
+	// nothing is on them any more, has not made up for that yet.
+	Lost() bool
 }
 
 // Locator is a Snapshotter that keeps each committed snapshot as a directory of its own.

@@ -64,6 +64,36 @@ func (s *Store) ForgetQuarantined() error {
 	})
 }
 
+// ForgetTable drops the quarantined rows of one table, when what they were about
+// is gone or is known again.
+func (s *Store) ForgetTable(table string) error {
+	return s.Update(func(tx *Tx) error {
+		b := tx.tx.Bucket(quarantineBucket)
+		if b == nil {
+			return nil
+		}
+		var keys [][]byte
+		c := b.Cursor()
+		for k, v := c.First(); k != nil; k, v = c.Next() {
+			var q quarantined
+			if json.Unmarshal(v, &q) == nil && q.Table == table {
+				keys = append(keys, bytes.Clone(k))
+			}
+		}
+		for _, k := range keys {
+			if err := b.Delete(k); err != nil {
+				return fmt.Errorf("quarantine: %w", err)
+			}
+		}
+		tx.OnCommit(func() {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.quarantined = slices.DeleteFunc(slices.Clone(s.quarantined), func(q Quarantine) bool { return q.Table == table })
+		})
+		return nil
+	})
+}
+
 // putAside moves rows to the quarantine, unless they were replaced since. When
 // that cannot be written, they are listed all the same: the rows stay where
 // they are, unreadable, and the next reader tries again.

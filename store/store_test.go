@@ -452,6 +452,48 @@ func TestCorruptRowIsQuarantined(t *testing.T) {
 	}
 }
 
+// A row that can be read and makes no sense to its user is put aside by it; the
+// rows of one table can be forgotten without the others.
+func TestRejectAndForgetTable(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "book.db")
+	s := mustOpen(t, path)
+	others := NewTable[pod]("others", 1)
+	mustPut(t, s, "good", pod{})
+	mustPut(t, s, "bad", pod{})
+	why := errors.New("makes no sense")
+	err := s.Update(func(tx *Tx) error { return others.Put(tx, "x", pod{}) })
+	if err == nil {
+		err = s.View(func(tx *Tx) error {
+			pods.Reject(tx, "bad", why)
+			pods.Reject(tx, "absent", why)
+			others.Reject(tx, "x", why)
+			return nil
+		})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if q := s.Quarantined(); len(q) != 2 || !strings.Contains(q[0].Reason, why.Error()) {
+		t.Fatalf("quarantine %+v, want bad and x", q)
+	}
+	if _, err := get(s, "bad"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("Get of the rejected row: %v, want ErrNotFound", err)
+	}
+	if _, err := get(s, "good"); err != nil {
+		t.Errorf("Get of another row: %v", err)
+	}
+	if err := s.ForgetTable("pods"); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if q := s.Quarantined(); len(q) != 1 || q[0].Table != "others" {
+			t.Errorf("quarantine %+v, want x only", q)
+		}
+		s.Close()
+		s = mustOpen(t, path)
+	}
+}
+
 func TestGetOfCorruptRow(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "book.db")
 	s := mustOpen(t, path)

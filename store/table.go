@@ -68,6 +68,9 @@ func NewTable[T any](name string, version uint16, upgrades ...Upgrade) Table[T] 
 	return t
 }
 
+// Name is the table's name, as a [Quarantine] has it.
+func (t Table[T]) Name() string { return t.name }
+
 // Get returns the row under key. ErrNotFound when there is none; ErrCorrupt
 // when it is unreadable, after which it is in the quarantine and no longer
 // found; ErrNewer when a newer berth wrote it.
@@ -126,6 +129,16 @@ func (t Table[T]) Delete(tx *Tx, key string) error {
 		return fmt.Errorf("%s %q: %w", t.name, key, err)
 	}
 	return nil
+}
+
+// Reject puts the row under key into the quarantine when the transaction is over:
+// it could be read here, but why says that its value makes no sense.
+func (t Table[T]) Reject(tx *Tx, key string, why error) {
+	if b := t.bucket(tx); b != nil && len(key) > 0 {
+		if raw := b.Get([]byte(key)); raw != nil {
+			t.note(tx, key, raw, fmt.Errorf("%w: %w", why, ErrCorrupt))
+		}
+	}
 }
 
 // Each calls fn with every row in the order of keys until it returns an error,

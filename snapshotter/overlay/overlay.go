@@ -13,8 +13,8 @@
 //
 // A directory is made before the row that names it and removed after it, so a
 // crash leaves one shape only: a directory without a row. Cleanup removes those.
-// It removes nothing while the book is marked as rebuilt or has a snapshot's row
-// in quarantine, because then a running container may be on such a directory.
+// It removes nothing while the book is marked as rebuilt, or a snapshot is on one
+// whose row was lost, because then a running container is on such a directory.
 //
 // # Mount options
 //
@@ -31,6 +31,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -241,15 +242,14 @@ func syncOnce(dir string, done map[uint64]bool) error {
 	return unix.Syncfs(fd)
 }
 
-// Cleanup removes the directories that no row names, as a crash between the two
-// leaves them. Nothing is removed, and no error returned, while the book may be
-// missing rows: see the package's comment.
+// Cleanup implements snapshotter.Cleaner. When every snapshot is on layers that the
+// book knows, it also ends the care for rows that were lost.
 func (s *Snapshotter) Cleanup(ctx context.Context) error {
-	if s.incomplete() {
-		klog.FromContext(ctx).Info("Snapshot directories not swept: the book may be missing rows", "root", s.root)
+	leaked, err := s.leaked()
+	if errors.Is(err, errIncomplete) {
+		klog.FromContext(ctx).Info("Snapshot directories not swept", "root", s.root, "reason", err)
 		return nil
 	}
-	leaked, err := s.leaked()
 	if err != nil {
 		return fmt.Errorf("overlay: cleanup: %w", err)
 	}
@@ -262,34 +262,42 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 		klog.FromContext(ctx).V(2).Info("Removing snapshot directory without a row", "dir", dir)
 		errs = append(errs, removeTree(s.path(dir)))
 	}
-	if err := errors.Join(errs...); err != nil {
+	err = errors.Join(errs...)
+	if err == nil && s.Lost() {
+		err = s.book.ForgetTable(tableName)
+	}
+	if err != nil {
 		return fmt.Errorf("overlay: cleanup: %w", err)
 	}
 	return nil
 }
 
-// incomplete tells whether snapshots may exist that the book does not know.
-func (s *Snapshotter) incomplete() bool {
-	for _, q := range s.book.Quarantined() {
-		if q.Table == tableName {
-			return true
-		}
-	}
-	return s.book.Rebuilt()
+// errIncomplete: a snapshot may be on a directory that the book does not know.
+var errIncomplete = errors.New("the book may be missing rows")
+
+// Lost implements snapshotter.Cleaner: rows were put aside as unreadable.
+func (s *Snapshotter) Lost() bool {
+	return slices.ContainsFunc(s.book.Quarantined(), func(q store.Quarantine) bool { return q.Table == tableName })
 }
 
 // leaked is what is there minus what the book knows. A directory in it is
-// nobody's for good, as its number is not given out again.
+// nobody's for good, as its number is not given out again. The error is
+// errIncomplete if it cannot be told.
 func (s *Snapshotter) leaked() ([]string, error) {
+	if s.book.Rebuilt() {
+		return nil, fmt.Errorf("%w: it was rebuilt", errIncomplete)
+	}
 	s.making.Lock()
 	defer s.making.Unlock()
 	dirs, err := s.directories()
 	if err != nil {
 		return nil, err
 	}
+	all := make(map[string]row)
 	known := make(map[string]bool)
 	err = s.book.View(func(tx *store.Tx) error {
-		return rows.Each(tx, func(_ string, r row) error {
+		return rows.Each(tx, func(key string, r row) error {
+			all[key] = r
 			known[r.Dir] = true
 			return nil
 		})
@@ -297,16 +305,41 @@ func (s *Snapshotter) leaked() ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.incomplete() { // found out only now, by reading
-		return nil, nil
-	}
-	var leaked []string
-	for _, d := range dirs {
-		if !known[d] {
-			leaked = append(leaked, d)
+	if s.Lost() { // found out only now, by reading
+		if err := checkChains(all); err != nil {
+			return nil, err
 		}
 	}
-	return leaked, nil
+	return slices.DeleteFunc(dirs, func(d string) bool { return known[d] }), nil
+}
+
+// checkChains makes sure that each writable layer is on layers that the book
+// knows. A layer whose row was lost, and which was pulled again since, is another
+// directory than the one that is mounted: it has a higher number than what was
+// put on the lost one.
+func checkChains(all map[string]row) error {
+	for key, r := range all {
+		if !strings.HasPrefix(r.Dir, "snapshots/") {
+			continue
+		}
+		for name := r.Parent; name != ""; {
+			p, ok := all[name]
+			if !ok || number(p.Dir) == 0 || number(p.Dir) >= number(r.Dir) {
+				return fmt.Errorf("%w: snapshot %q is on %q, which was lost", errIncomplete, key, name)
+			}
+			name = p.Parent
+		}
+	}
+	return nil
+}
+
+// number is the number of a directory, 0 if it has none.
+func number(dir string) uint64 {
+	n, err := strconv.ParseUint(filepath.Base(dir), 10, 64)
+	if err != nil {
+		return 0
+	}
+	return n
 }
 
 func (s *Snapshotter) path(dir string) string { return filepath.Join(s.root, dir) }

@@ -252,34 +252,68 @@ func TestRebuiltBookKeepsDirectories(t *testing.T) {
 	}
 }
 
-func TestQuarantinedRowKeepsDirectoryAndParent(t *testing.T) {
-	s := mustNew(t, t.TempDir(), mustBook(t, filepath.Join(t.TempDir(), "book.db")))
-	snapshottest.MustLayer(t, s, "l1", "", nil)
-	mustPrepare(t, s, "c", "l1")
+// mustLose makes the row of a snapshot unreadable.
+func mustLose(t *testing.T, s *Snapshotter, key string) {
+	t.Helper()
 	// The same table written with another row type is unreadable as a row.
 	wrong := store.NewTable[map[string]string](tableName, 1)
 	if err := s.book.Update(func(tx *store.Tx) error {
-		return wrong.Put(tx, "c", map[string]string{"Kind": "?"})
+		return wrong.Put(tx, key, map[string]string{"Kind": "?"})
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Stat(ctx, "c"); !errors.Is(err, store.ErrCorrupt) {
+	if _, err := s.Stat(ctx, key); !errors.Is(err, store.ErrCorrupt) {
 		t.Fatalf("Stat: %v, want ErrCorrupt", err)
 	}
-	if err := s.Cleanup(ctx); err != nil {
+}
+
+// A layer whose row was lost stays for as long as something is on it, also when
+// it has been pulled again.
+func TestLostLayerStaysWhileInUse(t *testing.T) {
+	s := mustNew(t, t.TempDir(), mustBook(t, filepath.Join(t.TempDir(), "book.db")))
+	dirs := func(what string, want ...string) {
+		t.Helper()
+		if err := s.Cleanup(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if got := mustDirs(t, s); !slices.Equal(got, want) {
+			t.Errorf("%s: directories %q, want %q", what, got, want)
+		}
+	}
+	snapshottest.MustLayer(t, s, "l1", "", nil)
+	snapshottest.MustLayer(t, s, "unused", "", nil)
+	mustPrepare(t, s, "c", "l1")
+	mustLose(t, s, "l1")
+	dirs("lost", "layers/1", "layers/2", "snapshots/3")
+	snapshottest.MustLayer(t, s, "l1", "", nil)
+	dirs("pulled again", "layers/1", "layers/2", "layers/4", "snapshots/3")
+	mustPrepare(t, s, "d", "l1")
+	if err := s.Remove(ctx, "c"); err != nil {
 		t.Fatal(err)
 	}
-	if got := mustDirs(t, s); len(got) != 2 {
-		t.Errorf("directories %q, want both kept", got)
+	dirs("out of use", "layers/2", "layers/4", "snapshots/5")
+	mustLose(t, s, "unused")
+	dirs("lost, never in use", "layers/4", "snapshots/5")
+	if q := s.book.Quarantined(); len(q) != 0 {
+		t.Errorf("still in quarantine: %v", q)
 	}
+}
+
+// The row of a writable layer is lost: what it is on stays until its owner has it
+// removed and cleans up.
+func TestLostSnapshotKeepsItsParent(t *testing.T) {
+	s := mustNew(t, t.TempDir(), mustBook(t, filepath.Join(t.TempDir(), "book.db")))
+	snapshottest.MustLayer(t, s, "l1", "", nil)
+	mustPrepare(t, s, "c", "l1")
+	mustLose(t, s, "c")
 	if err := s.Remove(ctx, "l1"); !errors.Is(err, snapshotter.ErrInUse) {
 		t.Errorf("Remove of the parent: %v, want ErrInUse", err)
 	}
-	if err := s.book.ForgetQuarantined(); err != nil {
+	if err := s.Remove(ctx, "c"); err != nil && !errors.Is(err, snapshotter.ErrNotFound) {
 		t.Fatal(err)
 	}
-	if err := errors.Join(s.Remove(ctx, "l1"), s.Cleanup(ctx)); err != nil {
-		t.Errorf("after forgetting: %v", err)
+	if err := errors.Join(s.Cleanup(ctx), s.Remove(ctx, "l1")); err != nil {
+		t.Errorf("after the sweep: %v", err)
 	}
 	if got := mustDirs(t, s); len(got) != 0 {
 		t.Errorf("directories %q, want none", got)

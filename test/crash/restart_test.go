@@ -263,11 +263,16 @@ func TestBookLost(t *testing.T) {
 		t.Errorf("processes %q, want the pod's init", got)
 	}
 	shares.Metadata.Name, shares.LogPath = "more", "more.log"
+	_, err = r.client.Pull(r.ctx, refs[images.Busybox]) // images are known to the book only
+	r.must(err)
 	more, err := r.client.Launch(r.ctx, pod, shares, cfg)
 	r.must(err)
 	if a, b := r.exec(withInit, "readlink /proc/self/ns/pid"), r.exec(more, "readlink /proc/self/ns/pid"); a != b {
 		t.Errorf("PID namespaces %q and %q, want one", a, b)
 	}
+	r.must(r.client.Destroy(r.ctx, pod))
+	_, err = r.client.Images.RemoveImage(r.ctx, &runtime.RemoveImageRequest{Image: &runtime.ImageSpec{Image: refs[images.Busybox]}})
+	r.must(err) // its layers are not where they were at the beginning
 }
 
 // TestTwoDaemons: a second berthd on the same directories gives up, says why,
