@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/berthd/berth/sandbox/cgroup"
@@ -152,5 +153,24 @@ func TestCountProcesses(t *testing.T) {
 	now := countProcesses([]int{os.Getpid(), 1 << 30}, os.Getpid())
 	if now.files < before.files+2 || now.sockets != before.sockets+1 || now.openFiles == nil || *now.openFiles == 0 {
 		t.Errorf("got %+v after %+v", now, before)
+	}
+}
+
+func TestOpenFilesLimit(t *testing.T) {
+	text, err := os.ReadFile("/proc/self/limits")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		t.Fatal(err)
+	}
+	if got := openFilesLimit(string(text)); got == nil || *got != l.Cur {
+		t.Errorf("%v, want %d", got, l.Cur)
+	}
+	for _, bad := range []string{"", "Max open files", "Max open files     many   more  files\n", "Max processes 1 2\n"} {
+		if got := openFilesLimit(bad); got != nil {
+			t.Errorf("%q: %d", bad, *got)
+		}
 	}
 }

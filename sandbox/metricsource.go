@@ -34,11 +34,27 @@ func countProcesses(pids []int, first int) *processCount {
 		out.files += files
 		out.sockets += sockets
 	}
-	var l unix.Rlimit
-	if first > 0 && unix.Prlimit(first, unix.RLIMIT_NOFILE, nil, &l) == nil {
-		out.openFiles = &l.Cur
+	// Not prlimit(2): for a process of another user that needs CAP_SYS_RESOURCE,
+	// which a berthd in a container of its own may lack.
+	if text, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", first)); err == nil {
+		out.openFiles = openFilesLimit(string(text))
 	}
 	return out
+}
+
+// openFilesLimit finds the soft limit of open files in /proc/<pid>/limits, nil if
+// it is not there. Such a limit is never "unlimited".
+func openFilesLimit(text string) *uint64 {
+	for line := range strings.Lines(text) {
+		if rest, ok := strings.CutPrefix(line, "Max open files "); ok {
+			if f := strings.Fields(rest); len(f) > 0 {
+				if n, err := strconv.ParseUint(f[0], 10, 64); err == nil {
+					return &n
+				}
+			}
+		}
+	}
+	return nil
 }
 
 func countFiles(pid int, budget *int) (files, sockets uint64) {
