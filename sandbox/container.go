@@ -78,6 +78,7 @@ type containerPlan struct {
 
 	volumes []imageVolume
 	cdi     []string // names of CDI devices
+	target  string   // ID of the container whose PID namespace it joins
 }
 
 // planContainer checks what can be checked before anything is done.
@@ -212,7 +213,8 @@ func (s *Service) namespaces(plan *containerPlan, in *spec.Container) error {
 		if t.PodID != p.ID || t.State != StateRunning {
 			return fmt.Errorf("%w: linux.security_context.namespace_options.target_id: %s is not a running container of this pod", ErrInvalid, t.ID)
 		}
-		in.PID = spec.Namespace{Path: "/proc/" + strconv.Itoa(t.Pid) + "/ns/pid"}
+		// joinTarget names the file in the end.
+		in.PID, plan.target = spec.Namespace{Path: "/proc/" + strconv.Itoa(t.Pid) + "/ns/pid"}, t.ID
 	default:
 		return fmt.Errorf("%w: linux.security_context.namespace_options.pid: %v", ErrInvalid, opts.GetPid())
 	}
@@ -253,7 +255,10 @@ func (s *Service) createContainer(ctx context.Context, o *op, plan *containerPla
 	log, ctx := logFor(ctx, "pod", podKey(plan.pod.config), "container", plan.config.GetMetadata().GetName(), "containerID", id)
 	begun := time.Now()
 	var launched shim.Launched
+	var target *os.File
+	defer func() { target.Close() }() // nil is no harm
 	err := o.steps(ctx, []step{
+		{"target", func(context.Context) (err error) { target, err = s.joinTarget(plan); return err }},
 		{"init", func(ctx context.Context) error {
 			if plan.in.PID.Path != s.deps.Pins.Path(plan.pod.ID, pidKind) {
 				return nil

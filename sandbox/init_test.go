@@ -37,3 +37,36 @@ func TestInitLives(t *testing.T) {
 		}
 	}
 }
+
+// What is left of other versions goes, unless a pod still runs it.
+func TestSweepInits(t *testing.T) {
+	s, id := initService(t)
+	inits := filepath.Join(s.cfg.RunDir, "init")
+	s.initDir = filepath.Join(inits, "now")
+	for _, d := range []string{"now", "used", "old/proc", ".new-123/dev"} {
+		if err := os.MkdirAll(filepath.Join(inits, d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, r := range []podRow{{ID: id, Init: true}, {ID: newID(), Init: true}, {ID: newID()}} {
+		if _, err := s.book.insertPod(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	config := filepath.Join(s.bundleDir(id), "config.json")
+	for _, tc := range []struct {
+		text, want string
+		ok         bool
+	}{
+		{`{`, ".new-123 now old used", false}, // not known: nothing is touched
+		{`{"process":{},"root":{"path":"` + inits + `/used"}}`, "now used", true},
+	} {
+		if err := os.WriteFile(config, []byte(tc.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err := s.sweepInits()
+		if got := strings.Join(names(inits), " "); got != tc.want || (err == nil) != tc.ok {
+			t.Errorf("got %q, %v; want %q, ok %v", got, err, tc.want, tc.ok)
+		}
+	}
+}

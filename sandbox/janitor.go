@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -244,6 +245,7 @@ func (s *Service) sweep(ctx context.Context) error {
 		gone("pod files", id, func(context.Context) error { return s.removePodFiles(id) })
 	}
 	s.sweepCgroups(known)
+	errs = append(errs, s.sweepInits())
 	return errors.Join(errs...)
 }
 
@@ -317,6 +319,33 @@ func (s *Service) ownState(rt ociRuntime, id string) bool {
 		}
 	}
 	return false
+}
+
+// sweepInits removes the root file systems of inits of other versions that no pod
+// has any more, and what is left of making one.
+func (s *Service) sweepInits() error {
+	used := map[string]bool{filepath.Base(s.initDir): true}
+	for _, p := range s.book.view().pods {
+		if !p.Init {
+			continue
+		}
+		sp, err := s.readSpec(p.ID)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // not made yet, or not any more
+		}
+		if err != nil || sp.Root == nil {
+			return fmt.Errorf("pod %s: init of an unknown version: %w", p.ID, err)
+		}
+		used[filepath.Base(sp.Root.Path)] = true
+	}
+	dir := filepath.Dir(s.initDir)
+	var errs []error
+	for _, name := range names(dir) {
+		if !used[name] {
+			errs = append(errs, os.RemoveAll(filepath.Join(dir, name)))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // sweepCgroups removes empty groups below berth's own parent; systemd removes its

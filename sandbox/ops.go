@@ -198,7 +198,7 @@ func (p *op) one(ctx context.Context, s step) error {
 	begun := time.Now()
 	err := failpoint(ctx, p.verb, s.name)
 	if err == nil {
-		err = s.do(ctx)
+		err = p.safely(ctx, s)
 	}
 	log := klog.FromContext(ctx).V(4)
 	if err != nil {
@@ -207,6 +207,18 @@ func (p *op) one(ctx context.Context, s step) error {
 	}
 	log.Info("Step done", "verb", p.verb, "step", s.name, "object", p.object, "took", time.Since(begun))
 	return nil
+}
+
+// safely runs a step. A panic is an error like others, so that what the operation
+// has made is undone.
+func (p *op) safely(ctx context.Context, s step) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("panic: %v", r)
+			klog.FromContext(ctx).Error(err, "Step panicked", "verb", p.verb, "step", s.name, "object", p.object, "stack", stack())
+		}
+	}()
+	return s.do(ctx)
 }
 
 // turns lets those who work on one object go one after the other. Its zero value is

@@ -104,6 +104,14 @@ func TestSteps(t *testing.T) {
 		t.Errorf("steps ran %s, want ab", got)
 	}
 	did = nil
+	crash := step{"d", func(context.Context) error { panic("oops") }}
+	if err := p.allSteps(context.Background(), []step{crash, mk("e", nil)}); err == nil || err.Error() != "d: panic: oops" {
+		t.Errorf("got %v, want the panic as the step's error", err)
+	}
+	if got := strings.Join(did, ""); got != "e" {
+		t.Errorf("steps ran %s after a panic, want e", got)
+	}
+	did = nil
 	if err := p.allSteps(context.Background(), []step{mk("a", boom), mk("b", nil), mk("c", boom)}); !errors.Is(err, boom) {
 		t.Errorf("got %v, want boom", err)
 	}
