@@ -222,7 +222,7 @@ func (l *life) awaits(log, line string) error {
 			return nil
 		}
 		if time.Now().After(end) {
-			return fmt.Errorf("log %s has no %q: %q, %w", log, line, b, err)
+			return fmt.Errorf("log %s has no %q: %q, %v", log, line, b, err)
 		}
 	}
 }

@@ -11,7 +11,8 @@
 // "<name> <verb>.done" after it: "runc create.run", "bridge ADD.done". Beside
 // the actions of failpoints it knows
 //
-//	rubbish   says what nobody can read, and succeeds
+//	rubbish   succeeds: a plugin does its work and says what nobody can read, a
+//	          runtime does nothing (its output is the container's)
 //	lose      does the work and says nothing: the answer is lost, with a failure
 //	halfway   kills the program with SIGKILL in the middle, and itself
 package main
@@ -65,8 +66,7 @@ func run() (int, error) {
 	before := points.Pass(point + ".run")
 	switch before {
 	case Rubbish:
-		fmt.Println("<html>502 Bad Gateway</html>")
-		return 0, nil
+		return rubbish(real)
 	case Lose:
 		_, err := call(real, nil, 0)
 		return 1, errors.Join(errors.New("the answer got lost"), err)
@@ -91,6 +91,15 @@ func run() (int, error) {
 		return 1, err
 	}
 	return 0, nil
+}
+
+func rubbish(real string) (code int, err error) {
+	if os.Getenv("CNI_COMMAND") == "" {
+		return 0, nil
+	}
+	code, err = call(real, nil, 0)
+	fmt.Println("<html>502 Bad Gateway</html>")
+	return code, err
 }
 
 // perform does what failpoint.Hit does with an action that was claimed already.
