@@ -7,6 +7,7 @@ RELEASE  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev
 TAGS     := containers_image_openpgp
 BIN      := bin
 CYCLES   ?= 200
+SOAK     ?= 15m
 FUZZTIME ?= 10s
 
 # Everything is static: cgo is off, and signatures are checked in Go (the tag).
@@ -24,7 +25,7 @@ NEW_RUNC    := $(CURDIR)/$(BIN)/tools/runc-$(lastword $(subst @, ,$(RUNC)))/runc
 UNIT      = $(shell $(GO) list ./... 2>/dev/null | grep -v '/test/')
 
 .DEFAULT_GOAL := help
-.PHONY: help build runc install deps test unit race conformance crash demo lint fuzz bench-pull docs clean
+.PHONY: help build runc install deps test unit race conformance crash soak demo lint fuzz bench-pull docs clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -69,6 +70,9 @@ conformance: deps $(NEW_RUNC) ## black-box tests over the socket, with the oldes
 crash: deps ## every step broken in every way; CYCLES (200) lives with kill -9 at random
 	BERTH_CRASH_MATRIX=1 $(GO) test -timeout 60m -v -run 'Matrix$$' ./test/crash | grep -vE '^ *(=== |--- PASS)'; exit $${PIPESTATUS[0]}
 	BERTH_CRASH_CYCLES=$(CYCLES) $(GO) test -timeout 60m -v -run Cycles ./test/crash
+
+soak: deps ## SOAK (15m) of ten clients and random kills, each answer checked against a model
+	BERTH_SOAK=$(SOAK) $(GO) test -timeout 0 -v -run 'Soak$$' ./test/crash
 
 demo: deps build ## a pod from pull to removal, with a killed daemon in between
 	$(GO) run ./test/demo -bin $(BIN)

@@ -36,8 +36,6 @@ type box struct {
 	id, log string
 	ends    bool // by itself
 	code    int32
-	lost    bool // it has ended before its time
-	excused bool // its log need not be complete
 }
 
 // try repeats a call until it succeeds, like a kubelet. done may take an error
@@ -201,11 +199,10 @@ func (c *client) container(pod string, podCfg *runtime.PodSandboxConfig, attempt
 		_, err := c.client.StartContainer(ctx, &runtime.StartContainerRequest{ContainerId: b.id})
 		return err
 	}, func(err error) bool { return status.Code(err) == codes.FailedPrecondition })
-	if err != nil && !errors.Is(err, errGaveUp) {
-		b.lost = b.lost || !b.ends // it may have ended between two tries of this call
-		err = nil
+	if errors.Is(err, errGaveUp) {
+		return nil, err
 	}
-	return b, err
+	return b, nil // also when it has ended between two tries of this call
 }
 
 // status asks for a container's status and holds it against the model; nil when
