@@ -29,6 +29,9 @@ type imageRow struct {
 	// Dropped: removed while a container used it. Invisible; its layers stay until
 	// the container is gone.
 	Dropped bool `json:",omitempty"`
+	// Damaged: a check after a crash found a layer that is not whole. Invisible until it
+	// is pulled again.
+	Damaged bool `json:",omitempty"`
 	// Pinned by Service.Pin. Image.Pinned may be set by a pattern as well.
 	Pinned bool `json:",omitempty"`
 }
@@ -71,7 +74,7 @@ func newView(rows map[string]*imageRow, pinned []string) *view {
 		for _, l := range r.Layers {
 			v.chains[l.ChainID] = true
 		}
-		if r.Dropped {
+		if r.Dropped || r.Damaged {
 			continue
 		}
 		img := Image{

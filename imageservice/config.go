@@ -84,6 +84,9 @@ type Config struct {
 	// the node.
 	OS, Architecture, Variant string
 
+	// BootID tells boots of the machine apart: default the kernel's.
+	BootID string
+
 	// PinnedImages are references, or path.Match patterns of them, that are reported
 	// as pinned: "registry.example/base:*".
 	PinnedImages []string

@@ -253,6 +253,41 @@ func (s *Service) recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	clean, err := s.wasClosed()
+	if err != nil {
+		return err
+	}
+	if err := s.loadDamaged(func(chain string) bool { _, ok := f.parents[chain]; return ok }); err != nil {
+		return err
+	}
+	if err := s.forgetHidden(ctx); err != nil {
+		return err
+	}
+	if err := s.dropIncomplete(ctx, f); err != nil {
+		return err
+	}
+	log := klog.FromContext(ctx)
+	// While the book may be missing rows, a layer that it does not name may be needed.
+	if !s.book.Rebuilt() {
+		err := s.manifests.sweep(func(chain string) bool { _, ok := f.parents[chain]; return ok })
+		if err != nil {
+			log.Error(err, "Manifests of layers that are gone stay until the next start")
+		}
+	}
+	if !clean {
+		if err := s.checkAll(ctx); err != nil {
+			return err
+		}
+	}
+	// What containers use is not known yet; their snapshots protect the layers.
+	if err := s.GC(ctx); err != nil {
+		log.Error(err, "Left over from an earlier run, for the next sweep")
+	}
+	return nil
+}
+
+// dropIncomplete removes images of whose layers the snapshotter has not all.
+func (s *Service) dropIncomplete(ctx context.Context, f found) error {
 	log := klog.FromContext(ctx)
 	var broken []string
 	for id, r := range s.view.Load().rows {
@@ -264,23 +299,10 @@ func (s *Service) recover(ctx context.Context) error {
 			}
 		}
 	}
-	if len(broken) > 0 {
-		if err := s.commit(broken, func(string, *imageRow) *imageRow { return nil }, nil); err != nil {
-			return err
-		}
+	if len(broken) == 0 {
+		return nil
 	}
-	// While the book may be missing rows, a layer that it does not name may be needed.
-	if !s.book.Rebuilt() {
-		err := s.manifests.sweep(func(chain string) bool { _, ok := f.parents[chain]; return ok })
-		if err != nil {
-			log.Error(err, "Manifests of layers that are gone stay until the next start")
-		}
-	}
-	// What containers use is not known yet; their snapshots protect the layers.
-	if err := s.GC(ctx); err != nil {
-		log.Error(err, "Left over from an earlier run, for the next sweep")
-	}
-	return nil
+	return s.commit(broken, func(string, *imageRow) *imageRow { return nil }, nil)
 }
 
 // chains says which layers must stay because a pull counts on them, and which are being

@@ -166,7 +166,7 @@ func (s *Service) importOne(ctx context.Context, p *pull, a *archive.Archive, fr
 	}
 	var total int64
 	for _, l := range pl.layers {
-		if !s.view.Load().chains[l.ChainID] {
+		if !s.view.Load().chains[l.ChainID] || s.isDamaged(l.ChainID) {
 			total += l.Size
 		}
 	}
@@ -266,7 +266,7 @@ func checkImportName(name string, images []archive.Image) error {
 func (s *Service) alreadyThere(pl *plan, pin bool) (Image, bool) {
 	v := s.view.Load()
 	img, ok := v.images[pl.id]
-	if !ok || pin && !img.Pinned {
+	if !ok || pin && !img.Pinned || len(s.damagedOf(pl.chainIDs())) > 0 {
 		return img, false
 	}
 	for _, n := range slices.Concat(pl.tags, pl.digests) {

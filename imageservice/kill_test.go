@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -28,9 +30,11 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// puller pulls and removes an image until it is killed, and returns what stopped it.
+// puller pulls and removes images at random until it is killed, and returns what stopped it.
+// It says "+<reference>" when a pull is done, and "-<reference>" before a removal.
 func puller(arg string) error {
-	dir, ref, _ := strings.Cut(arg, "|")
+	dir, list, _ := strings.Cut(arg, "|")
+	refs := strings.Fields(list)
 	ctx := context.Background()
 	book, err := store.Open(filepath.Join(dir, "book.db"))
 	if err != nil {
@@ -43,15 +47,22 @@ func puller(arg string) error {
 	s, err := New(ctx, Config{
 		RegistriesConf: filepath.Join(dir, "registries.conf"), RegistriesConfDir: filepath.Join(dir, "registries.conf.d"),
 		PolicyPath: filepath.Join(dir, "policy.json"),
+		LayersDir:  filepath.Join(dir, "state", "layers"), ManifestsDir: filepath.Join(dir, "state", "manifests"),
 	}, book, sn)
 	if err != nil {
 		return err
 	}
 	fmt.Println("ready")
 	for {
+		ref := refs[rand.IntN(len(refs))]
 		if _, err := s.Pull(ctx, ref, nil); err != nil {
 			return err
 		}
+		fmt.Println("+" + ref)
+		if len(refs) > 1 && rand.IntN(2) == 0 {
+			continue // several are there at the same time
+		}
+		fmt.Println("-" + ref)
 		if err := s.Remove(ctx, ref); err != nil && !errors.Is(err, ErrNotFound) {
 			return err
 		}
@@ -72,7 +83,7 @@ func TestKill(t *testing.T) {
 	whole := 0
 	for i := range 12 {
 		n.close()
-		pullAndKill(t, n.dir+"|"+ref, time.Duration(i*i)*2*time.Millisecond)
+		pullAndKill(t, n.dir+"|"+ref, time.Duration(i*i)*2*time.Millisecond, nil)
 		n.open()
 		if err := n.sn.Cleanup(context.Background()); err != nil {
 			t.Fatal(err)
@@ -98,11 +109,15 @@ func TestKill(t *testing.T) {
 	n.mustPull(ref)
 }
 
-func pullAndKill(t *testing.T, arg string, after time.Duration) {
+// pullAndKill lets a puller work for a while, then calls end, if not nil, and kills it. It
+// returns what was last said about each reference: '+' or '-'.
+func pullAndKill(t *testing.T, arg string, after time.Duration, end func() error) map[string]byte {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), pullerEnv+"="+arg)
-	cmd.Stderr = os.Stderr
+	if end == nil {
+		cmd.Stderr = os.Stderr
+	}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -114,12 +129,32 @@ func pullAndKill(t *testing.T, arg string, after time.Duration) {
 	if !lines.Scan() || lines.Text() != "ready" {
 		t.Errorf("puller said %q", lines.Text())
 	}
+	said := map[string]byte{}
+	var cut atomic.Bool
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		for lines.Scan() {
+			switch l := lines.Text(); {
+			case cut.Load() && !strings.HasPrefix(l, "-"): // too late to be a promise
+			case l != "" && (l[0] == '+' || l[0] == '-'):
+				said[l[1:]] = l[0]
+			default:
+				t.Errorf("puller stopped by itself: %s", l)
+			}
+		}
+	}()
 	time.Sleep(after)
-	if err := cmd.Process.Kill(); err != nil {
+	if end != nil {
+		cut.Store(true)
+		if err := end(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		t.Error(err)
 	}
-	if lines.Scan() {
-		t.Errorf("puller stopped by itself: %s", lines.Text())
-	}
+	<-read
 	_ = cmd.Wait() // killed, as it says
+	return said
 }

@@ -96,9 +96,10 @@ func (s *Service) flightOf(l layerRow) (f *flight, own bool) {
 // digest says, somebody else is asked.
 func (s *Service) makeLayer(ctx context.Context, pl *plan, i int, below <-chan struct{}, record *layerRecord) error {
 	switch _, err := s.sn.Stat(ctx, pl.layers[i].ChainID); {
-	case err == nil:
+	case err == nil && !s.isDamaged(pl.layers[i].ChainID):
 		record.enter(layerPresent)
 		return nil
+	case err == nil:
 	case !errors.Is(err, snapshotter.ErrNotFound):
 		return err
 	}
@@ -143,7 +144,8 @@ func (s *Service) tryLayer(ctx context.Context, pl *plan, i int, below <-chan st
 	case <-ctx.Done():
 		return false, context.Cause(ctx)
 	}
-	opts := []snapshotter.Opt{snapshotter.WithUsage(snapshotter.Usage{Size: res.Size, Inodes: res.Inodes})}
+	usage := snapshotter.WithUsage(snapshotter.Usage{Size: res.Size, Inodes: res.Inodes})
+	opts := []snapshotter.Opt{usage}
 	// Overlay does not know opaque roots, but a layer may do without the ones below.
 	if i > 0 && !res.OpaqueRoot {
 		parent := pl.layers[i-1].ChainID
@@ -158,7 +160,7 @@ func (s *Service) tryLayer(ctx context.Context, pl *plan, i int, below <-chan st
 	if err := s.manifests.keep(key, l.ChainID); err != nil {
 		return false, err
 	}
-	return false, s.sn.Commit(ctx, l.ChainID, key, opts...)
+	return false, s.commitLayer(ctx, l.ChainID, key, opts, usage)
 }
 
 // newExtraction returns a key that no other extraction has, and marks it as in use until

@@ -85,6 +85,32 @@ func (m manifests) remove(chains ...string) error {
 	return errors.Join(errs...)
 }
 
+// minRecord is less than any record of a manifest takes.
+const minRecord = 2
+
+// plausible looks at the beginning and the size of a layer's manifest.
+func (m manifests) plausible(chain string, inodes int64) error {
+	if m.dir == "" {
+		return nil
+	}
+	f, err := os.Open(m.path(chain))
+	if err != nil {
+		return fmt.Errorf("layer manifest: %w", err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("layer manifest: %w", err)
+	}
+	if st.Size() < inodes*minRecord {
+		return fmt.Errorf("layer manifest of %d bytes for %d files: %w", st.Size(), inodes, ErrNoManifest)
+	}
+	if err := layer.CheckManifestHeader(f); err != nil {
+		return mark(ErrNoManifest, err)
+	}
+	return nil
+}
+
 // sweep removes the files of layers that are not there, and what was never finished. It
 // may be called only while nothing is pulled.
 func (m manifests) sweep(exists func(chain string) bool) error {

@@ -251,7 +251,8 @@ func (s *Service) complete(ctx context.Context, p *pull, plan *plan) (Image, err
 	defer release()
 	// Layers that a visible image has are durable. Others may come from a pull that
 	// has not synced yet, so that finding them here is not enough.
-	durable := true
+	damaged := s.damagedOf(plan.chainIDs())
+	durable := len(damaged) == 0
 	for _, c := range plan.chainIDs() {
 		durable = durable && s.view.Load().chains[c]
 	}
@@ -268,6 +269,9 @@ func (s *Service) complete(ctx context.Context, p *pull, plan *plan) (Image, err
 		if err := syncer.Sync(ctx); err != nil {
 			return Image{}, err
 		}
+	}
+	if err := s.clearDamaged(damaged); err != nil {
+		return Image{}, err
 	}
 	if err := p.reach(ctx, stageCommit); err != nil {
 		return Image{}, err
@@ -287,8 +291,8 @@ func (s *Service) makeVisible(ctx context.Context, plan *plan) (Image, error) {
 	defer s.commitMu.Unlock()
 	v := s.view.Load()
 	ids := []string{plan.id}
-	for _, n := range slices.Concat(tags, digests) {
-		if id, ok := v.names[n]; ok && !slices.Contains(ids, id) {
+	for id, r := range v.rows { // hidden ones as well
+		if id != plan.id && slices.ContainsFunc(r.names(), func(n string) bool { return slices.Contains(tags, n) || slices.Contains(digests, n) }) {
 			ids = append(ids, id)
 		}
 	}

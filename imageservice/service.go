@@ -53,6 +53,7 @@ type Service struct {
 	pulls      map[pullKey]*pull
 	flights    map[string]*flight // by chain ID
 	extracting map[string]bool    // snapshot keys in use
+	damaged    map[string]string  // chain ID -> reason; a copy of damagedRows
 }
 
 // New reads the images from the book. It removes what a crash left behind: unfinished
@@ -99,7 +100,7 @@ func (s *Service) Close() error {
 	}
 	s.mu.Unlock()
 	s.wg.Wait()
-	return nil
+	return s.noteClosed()
 }
 
 // Get returns the image that ref means: an ID ("sha256:<hex>", the hex alone, or a

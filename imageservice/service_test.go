@@ -78,6 +78,9 @@ func (n *node) start(change ...func(*Config)) {
 }
 
 func (n *node) close() {
+	if n.book == nil {
+		return // an open that failed
+	}
 	n.Service.Close()
 	n.sn.Close()
 	n.book.Close()

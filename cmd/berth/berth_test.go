@@ -152,6 +152,19 @@ func TestAnswers(t *testing.T) {
 			case "denied":
 				enc.Encode(api.Record{Done: true, Error: &api.Error{Code: api.CodeUnauthorized, Text: "registry denied access"}})
 			}
+		case r.URL.Path == api.PathVerify:
+			var q api.VerifyRequest
+			json.NewDecoder(r.Body).Decode(&q)
+			enc := json.NewEncoder(w)
+			enc.Encode(api.Record{Ref: "h/a:1", Layer: &api.LayerReport{Number: 1, Of: 2}})
+			enc.Encode(api.Record{Ref: "h/a:1", Layer: &api.LayerReport{Number: 2, Of: 2, Damaged: true, Count: 9, Deviations: []string{`"f": content`}}})
+			sum := api.Summary{Images: 1, Layers: 2, Bytes: 1 << 20, Damaged: 1}
+			if q.Repair {
+				enc.Encode(api.Record{Ref: "h/a:1", Layer: &api.LayerReport{Number: 2, Of: 2, Repaired: true}})
+				sum.Repaired = 1
+			}
+			enc.Encode(api.Record{Summary: &sum})
+			enc.Encode(api.Record{Done: true})
 		default:
 			http.Error(w, "what?", http.StatusTeapot)
 		}
@@ -171,6 +184,8 @@ func TestAnswers(t *testing.T) {
 		{"", []string{"image", "pull", "--json", "good"}, 0, []string{`{"ref":"good","stage":"layers 1/2","bytes":1048576,"total":2097152}`, `{"done":true}`}, ""},
 		{"", []string{"image", "pull", "denied"}, exitFailed, []string{"registry denied access"}, ""},
 		{"", []string{"image", "pull", "cut"}, exitUnreachable, []string{"ended in the middle"}, ""},
+		{"", []string{"image", "verify"}, exitDamaged, []string{"layer 2/2: damaged: 9 deviations", `"f": content`, "and 8 more", "1 images, 2 layers, 1.00 MiB read: 1 damaged"}, "1/2"},
+		{"", []string{"image", "verify", "--repair"}, 0, []string{"layer 2/2: repaired", "1 of them repaired"}, ""},
 		{"", []string{"image", "pulls"}, exitFailed, []string{"418", "as new as berth"}, ""},
 	} {
 		out, errOut, code := command(t, c.in, append(c.args, "--socket", sock)...)

@@ -42,6 +42,11 @@ func init() {
 				"It may hold several images. Layers that are on the node already are not read again.",
 			examples: []string{"berth image import app.tar", "berth image import --pin base.tar.zst ./layout",
 				"docker save app:1 | berth image import -", "berth image import --name registry.example/app ./layout"}},
+		{name: "image verify", args: "[IMAGE...]", most: -1, short: "compare images with what was unpacked", setup: imageVerify,
+			long: "Every file of every layer, of all images or of those that are named, is compared with the list that was written when the layer was unpacked. " +
+				"With --repair a damaged layer, and no other, is fetched again; containers that run keep what they have until they are removed. " +
+				"Exit code 5 tells of damage that is still there.",
+			examples: []string{"berth image verify", "berth image verify --quick", "berth image verify --repair registry.example/app:1.2"}},
 		{name: "image pin", args: "IMAGE...", least: 1, most: -1, short: "keep images from being removed by the kubelet", setup: imagePin(true),
 			long:     "A pin belongs to the image, not to its name, and survives restarts. To pin by name, use pinned_images in the configuration.",
 			examples: []string{"berth image pin registry.example/base:1"}},

@@ -56,7 +56,7 @@ func (c *config) images() imageservice.Config {
 		RegistriesConf: c.RegistriesConf, RegistriesConfDir: c.RegistriesConfDir, RegistriesDir: c.RegistriesDir,
 		CertsDir: c.CertsDir, HostsDir: c.HostsDir, PolicyPath: c.PolicyPath, AuthFile: c.AuthFile,
 		UnqualifiedRegistry: c.UnqualifiedRegistry, InsecureRegistries: c.InsecureRegistries,
-		PinnedImages: c.PinnedImages,
+		PinnedImages: c.PinnedImages, BootID: os.Getenv("BERTH_TEST_BOOT_ID"),
 	}
 }
 

@@ -51,11 +51,17 @@ type Importer interface {
 	ImportStream(ctx context.Context, r io.Reader, o imageservice.ImportOptions) ([]imageservice.Image, error)
 }
 
+// Verifier finds out whether images are whole.
+type Verifier interface {
+	Verify(ctx context.Context, refs []string, o imageservice.VerifyOptions) (imageservice.VerifyResult, error)
+}
+
 // Deps is what the server asks. All are required.
 type Deps struct {
 	Images   Images
 	Puller   Puller
 	Importer Importer
+	Verifier Verifier
 	// Config returns the configuration in force: its values by key, and as a file.
 	Config func() (values map[string]any, toml string)
 	// Version is berth's own.
@@ -82,7 +88,7 @@ type Server struct {
 
 // New returns a server; Serve makes it reachable.
 func New(deps Deps) (*Server, error) {
-	if deps.Images == nil || deps.Puller == nil || deps.Importer == nil || deps.Config == nil {
+	if deps.Images == nil || deps.Puller == nil || deps.Importer == nil || deps.Verifier == nil || deps.Config == nil {
 		return nil, errors.New("admin server: a service behind it is missing")
 	}
 	s := &Server{deps: deps, mux: http.NewServeMux(), work: make(chan struct{}, maxWork)}

@@ -107,10 +107,19 @@ func (s *shelf) ImportStream(_ context.Context, r io.Reader, o imageservice.Impo
 	return []imageservice.Image{img}, err
 }
 
+func (s *shelf) Verify(_ context.Context, refs []string, o imageservice.VerifyOptions) (imageservice.VerifyResult, error) {
+	if len(refs) > 0 && refs[0] == "none" {
+		return imageservice.VerifyResult{}, imageservice.ErrNotFound
+	}
+	o.Report(imageservice.LayerReport{Name: "n", Number: 1, Of: 2, ChainID: "c", Damaged: true, Count: 3, Deviating: []string{"d"}, Err: imageservice.ErrNoManifest})
+	o.Report(imageservice.LayerReport{Name: "n", Number: 1, Of: 2, Repaired: o.Repair})
+	return imageservice.VerifyResult{Images: 1, Layers: 2, Bytes: 3, Damaged: 1, Repaired: 1}, nil
+}
+
 // serve starts a server on a socket and returns a client of it.
 func serve(t *testing.T, s *shelf) (*http.Client, string) {
 	t.Helper()
-	srv, err := New(Deps{Images: s, Puller: s, Importer: s, Version: "1.2.3",
+	srv, err := New(Deps{Images: s, Puller: s, Importer: s, Verifier: s, Version: "1.2.3",
 		Config: func() (map[string]any, string) { return map[string]any{"k": 1}, "k = 1\n" }})
 	if err != nil {
 		t.Fatal(err)
@@ -297,6 +306,20 @@ func TestSameLanguage(t *testing.T) {
 	decode(api.PathPulls, &pulls)
 	if pulls[0].Stage != "layers 1/2" || pulls[0].Layers[0].Endpoint != "h" {
 		t.Errorf("pulls %+v", pulls)
+	}
+}
+
+func TestVerify(t *testing.T) {
+	needRoot(t)
+	c, _ := serve(t, &shelf{})
+	_, body := call(t, c, "POST", api.PathVerify, `{"repair":true}`)
+	recs := records(t, body)
+	if len(recs) != 4 || recs[0].Layer == nil || recs[0].Layer.Count != 3 || recs[0].Error == nil || !recs[1].Layer.Repaired ||
+		recs[2].Summary == nil || *recs[2].Summary != (api.Summary{Images: 1, Layers: 2, Bytes: 3, Damaged: 1, Repaired: 1}) || !recs[3].Done || recs[3].Error != nil {
+		t.Errorf("records %s", body)
+	}
+	if _, body := call(t, c, "POST", api.PathVerify, `{"refs":["none"]}`); !strings.Contains(body, `"code":"not-found"`) {
+		t.Errorf("verify of nothing: %s", body)
 	}
 }
 

@@ -26,6 +26,7 @@ func (s *Server) routes() {
 	post(s, api.PathRemove, s.remove)
 	post(s, api.PathPin, s.pin)
 	long(s, api.PathPull, s.pull)
+	long(s, api.PathVerify, s.verify)
 	s.mux.HandleFunc("POST "+api.PathImport, s.importImages)
 }
 

@@ -324,3 +324,16 @@ func sortedNames(m map[string]string) []string {
 	slices.Sort(names)
 	return names
 }
+
+// CheckManifestHeader returns ErrManifest unless r begins like a manifest that Verify can
+// read. It reads no further.
+func CheckManifestHeader(r io.Reader) error {
+	got := make([]byte, len(manifestMagic))
+	if _, err := io.ReadFull(r, got); err != nil {
+		return fmt.Errorf("%w: too short", ErrManifest)
+	}
+	if string(got) != manifestMagic {
+		return fmt.Errorf("%w: begins with %.32q", ErrManifest, got)
+	}
+	return nil
+}

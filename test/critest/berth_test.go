@@ -140,6 +140,39 @@ func TestBerthPreload(t *testing.T) {
 	}
 }
 
+func TestBerthVerify(t *testing.T) {
+	b := open(t)
+	b.ours()
+	img := b.push("t/verify")
+	ref := b.ref("t/verify")
+	b.pull(ref)
+	if out := b.berth("image", "verify", ref); !strings.Contains(out, "all whole") {
+		t.Errorf("verify prints %q", out)
+	}
+	// The one layer of the image has the one file with this content.
+	files, err := filepath.Glob(filepath.Join(b.node.StateDir, "layers", "*", "name"))
+	b.must(err)
+	hit := 0
+	for _, f := range files {
+		if text, err := os.ReadFile(f); err == nil && string(text) == "t/verify" {
+			b.must(os.WriteFile(f, []byte("t/harmed"), 0o644))
+			hit++
+		}
+	}
+	if hit != 1 {
+		t.Fatalf("%d files of the image found, want 1", hit)
+	}
+	if out, _, code := b.berthTool(b.node, "image", "verify", ref); code != 5 || !strings.Contains(out, "damaged") || !strings.Contains(out, `"name"`) {
+		t.Errorf("verify of a damaged image: exit %d, %q", code, out)
+	}
+	if out := b.berth("image", "verify", "--repair", ref); !strings.Contains(out, "repaired") {
+		t.Errorf("repair prints %q", out)
+	}
+	if out := b.berth("image", "verify", "--json", img.ConfigID); !strings.Contains(out, `"damaged":0`) {
+		t.Errorf("after the repair: %q", out)
+	}
+}
+
 func TestBerthExplain(t *testing.T) {
 	b := open(t)
 	b.ours()

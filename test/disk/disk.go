@@ -21,15 +21,17 @@ var ErrNone = errors.New("no loop device or file system")
 
 // Disk is a mounted file system. Make it with New.
 type Disk struct {
-	Dir   string // where it is mounted
-	image string
+	Dir    string // where it is mounted
+	kind   string
+	image  string
+	copies int
 }
 
 // New makes and mounts a file system of a kind ("ext4", "xfs") and a size in bytes below
 // dir, a directory of the caller's. It needs root. The error is ErrNone where the tools or
 // the kernel lack what it takes.
 func New(dir, kind string, size int64) (*Disk, error) {
-	d := &Disk{Dir: filepath.Join(dir, "disk"), image: filepath.Join(dir, "disk.img")}
+	d := &Disk{kind: kind, Dir: filepath.Join(dir, "disk"), image: filepath.Join(dir, "disk.img")}
 	f, err := os.Create(d.image)
 	if err != nil {
 		return nil, err
@@ -47,7 +49,11 @@ func New(dir, kind string, size int64) (*Disk, error) {
 }
 
 func (d *Disk) mount() error {
-	if out, err := exec.Command("mount", "-o", "loop", d.image, d.Dir).CombinedOutput(); err != nil {
+	options := "loop"
+	if d.kind == "xfs" {
+		options += ",nouuid" // a copy of one that may still be mounted somewhere
+	}
+	if out, err := exec.Command("mount", "-o", options, d.image, d.Dir).CombinedOutput(); err != nil {
 		return fmt.Errorf("mount %s: %w: %s", d.image, err, strings.TrimSpace(string(out)))
 	}
 	return nil
@@ -74,9 +80,20 @@ func (d *Disk) Cut() error {
 }
 
 // Restore gives it back: what the journal has is replayed. Nobody may use the file system.
+// It goes on in a copy of what reached the device: another process's mount namespace may
+// keep the old file system alive, and its buffers must not be written into the new one.
 func (d *Disk) Restore() error {
-	if err := unix.Unmount(d.Dir, 0); err != nil {
+	if err := unix.Unmount(d.Dir, unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("unmount %s: %w", d.Dir, err)
+	}
+	old := d.image
+	d.copies++
+	d.image = fmt.Sprintf("%s.%d", strings.TrimSuffix(old, fmt.Sprintf(".%d", d.copies-1)), d.copies)
+	if out, err := exec.Command("cp", "--sparse=always", old, d.image).CombinedOutput(); err != nil {
+		return fmt.Errorf("copy %s: %w: %s", old, err, out)
+	}
+	if err := os.Remove(old); err != nil {
+		return err
 	}
 	return d.mount()
 }

@@ -33,6 +33,8 @@ const (
 	// POST with ?path=, an absolute path as the client's process sees it, or without it
 	// and the archive as the body; ?name=, ?pin=1: records.
 	PathImport = "/v1/images/import"
+	// POST VerifyRequest: records, each of them with a Layer, the last but one with a Summary.
+	PathVerify = "/v1/images/verify"
 )
 
 // Limits of what is sent, in bytes.
@@ -201,6 +203,37 @@ type Probe struct {
 	Error     string        `json:"error,omitempty"`
 }
 
+// VerifyRequest asks whether layers are as they were unpacked.
+type VerifyRequest struct {
+	Refs   []string `json:"refs,omitempty"`   // none: all images
+	Quick  bool     `json:"quick,omitempty"`  // do not read files
+	Repair bool     `json:"repair,omitempty"` // make damaged layers anew
+}
+
+// LayerReport is what was found out about a layer.
+type LayerReport struct {
+	Image      string   `json:"image"` // ID of an image that needs it
+	Number     int      `json:"number"`
+	Of         int      `json:"of"`
+	Digest     string   `json:"digest"`
+	ChainID    string   `json:"chainID"`
+	Entries    int64    `json:"entries"`
+	Bytes      int64    `json:"bytes"`
+	Damaged    bool     `json:"damaged"`
+	Count      int64    `json:"count,omitempty"`      // of deviations
+	Deviations []string `json:"deviations,omitempty"` // the first of them
+	Repaired   bool     `json:"repaired,omitempty"`
+}
+
+// Summary is the end of a verification.
+type Summary struct {
+	Images   int   `json:"images"`
+	Layers   int   `json:"layers"`
+	Bytes    int64 `json:"bytes"`
+	Damaged  int   `json:"damaged"`  // layers
+	Repaired int   `json:"repaired"` // of them
+}
+
 // Record is one line of the answer to long work.
 type Record struct {
 	// Ref is what the record is about, where several things are worked on.
@@ -215,6 +248,9 @@ type Record struct {
 	Note string `json:"note,omitempty"`
 	// Image is one that is complete now.
 	Image *Image `json:"image,omitempty"`
+	// Layer is one that has been verified, or repaired.
+	Layer   *LayerReport `json:"layer,omitempty"`
+	Summary *Summary     `json:"summary,omitempty"`
 	// Done marks the last record.
 	Done bool `json:"done,omitempty"`
 	// Error says why the work, or before the last record a part of it, failed.
