@@ -1,6 +1,7 @@
 package critest
 
 import (
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -88,7 +89,7 @@ func TestMetrics(t *testing.T) {
 	p := b.pod()
 	c := p.run([]string{"/guest", "http", ":80", "hello"}, resources(func(r *runtime.LinuxContainerResources) {
 		r.MemoryLimitInBytes, r.CpuPeriod, r.CpuQuota, r.CpuShares = 64*mib, 100000, 20000, 1024
-	}))
+	}), security(func(s *sctx) { s.RunAsUser = &runtime.Int64Value{Value: 1000} }))
 	b.fetch("http://" + p.status().Network.Ip + "/")
 	// While two execs sleep, there are three processes.
 	for range 2 {
@@ -137,6 +138,13 @@ func TestMetrics(t *testing.T) {
 	for _, name := range []string{"container_fs_usage_bytes", "container_fs_limit_bytes", "container_fs_inodes_total", "container_fs_inodes_free"} {
 		if _, ok := find(got, name+"{device="); !ok {
 			t.Errorf("no %s", name)
+		}
+	}
+	if _, err := os.Stat("/proc/pressure/cpu"); err == nil && b.node != nil {
+		for _, what := range []string{"cpu_stalled", "cpu_waiting", "memory_stalled", "memory_waiting", "io_stalled", "io_waiting"} {
+			if _, ok := got["container_pressure_"+what+"_seconds_total"]; !ok {
+				t.Errorf("no pressure %s, which this kernel measures", what)
+			}
 		}
 	}
 	ofPod := p.metricsOf(p.id)

@@ -324,3 +324,27 @@ func TestRootfsIsNotOnTheHost(t *testing.T) {
 		}
 	}
 }
+
+// TestPodTwoAddresses: of the addresses that the network gives, the first is the
+// pod's and the others are additional, and all are in its hosts file.
+func TestPodTwoAddresses(t *testing.T) {
+	b := open(t)
+	b.ours()
+	b = b.ownNode(b.ctx, node.Options{CNI: fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "two", "plugins": [{"type": "ptp", "ipam":
+  {"type": "host-local", "dataDir": %q, "ranges": [[{"subnet": "10.123.45.0/24"}], [{"subnet": "fd00:77:45::/64"}]]}}]}`, t.TempDir())})
+	p := b.pod()
+	n := p.status().GetNetwork()
+	if !strings.HasPrefix(n.GetIp(), "10.123.45.") || len(n.GetAdditionalIps()) != 1 || !strings.HasPrefix(n.AdditionalIps[0].GetIp(), "fd00:77:45::") {
+		t.Fatalf("network %v", n)
+	}
+	c := p.run(sh("sleep 300"))
+	addresses, hosts := c.exec("ip", "addr", "show", "eth0"), c.exec("cat", "/etc/hosts")
+	for _, ip := range []string{n.Ip, n.AdditionalIps[0].Ip} {
+		if !strings.Contains(addresses, " "+ip+"/") {
+			t.Errorf("eth0 does not have %s: %s", ip, addresses)
+		}
+		if !strings.Contains(hosts, ip) {
+			t.Errorf("%s is not in the hosts file: %s", ip, hosts)
+		}
+	}
+}

@@ -43,7 +43,8 @@ func TestProbes(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience+time.Duration(n)*200*time.Millisecond)
 	defer cancel()
-	b, metrics := b.ownNode(ctx)
+	metrics := filepath.Join(b.TempDir(), "m")
+	b = b.ownNode(ctx, node.Options{Config: fmt.Sprintf("metrics_listen = \"unix:%s\"\nexec_drain = \"50ms\"\n", metrics)})
 	c := b.pod().run(sh("while true; do sleep 1; done")) // its process 1 waits for orphans
 	c.probe(40)
 	before := c.holds(metrics)
@@ -59,14 +60,13 @@ func TestProbes(t *testing.T) {
 	}
 }
 
-// ownNode is a box with a daemon that no other test uses, and the socket of its
-// metrics.
-func (b *box) ownNode(ctx context.Context) (*box, string) {
+// ownNode is a box with a daemon that no other test uses.
+func (b *box) ownNode(ctx context.Context, o node.Options) *box {
 	b.Helper()
-	own, metrics := *b.suite, filepath.Join(b.TempDir(), "m")
+	own := *b.suite
+	o.Bin, o.Registries = b.bin, []string{b.registry.Addr()}
 	var err error
-	own.node, err = node.New(node.Options{Bin: b.bin, Registries: []string{b.registry.Addr()},
-		Config: fmt.Sprintf("metrics_listen = \"unix:%s\"\nexec_drain = \"50ms\"\n", metrics)})
+	own.node, err = node.New(o)
 	b.must(err)
 	b.Cleanup(func() { b.must(own.node.Close()) })
 	b.must(own.node.Start(ctx))
@@ -75,7 +75,7 @@ func (b *box) ownNode(ctx context.Context) (*box, string) {
 	own.endpoint, own.parent, own.logs = own.node.Socket, own.node.Parent, own.node.LogDir
 	out := &box{T: b.T, suite: &own, ctx: ctx}
 	out.pull(out.ref(images.Busybox))
-	return out, metrics
+	return out
 }
 
 // probe runs n commands, some at a time.

@@ -79,6 +79,36 @@ func TestCapabilities(t *testing.T) {
 
 // TestExecCapabilities: a command by exec has what the container has, and an
 // empty inheritable set as well.
+// TestAmbientCapabilities: what is ambient is what a user without rights really has,
+// in the container as in an exec.
+func TestAmbientCapabilities(t *testing.T) {
+	b := open(t)
+	p := b.pod()
+	ambient := func(names ...string) edit {
+		return security(func(s *sctx) {
+			s.RunAsUser = &runtime.Int64Value{Value: 1000}
+			s.Capabilities = &runtime.Capability{DropCapabilities: []string{"ALL"}, AddAmbientCapabilities: names}
+		})
+	}
+	want := bits(unix.CAP_NET_BIND_SERVICE)
+	c := p.run(sh("cat /proc/self/status > /tmp/status; sleep 300"), ambient("NET_BIND_SERVICE"))
+	b.until("status of the container", func() bool { return strings.Contains(c.exec("cat", "/tmp/status"), "CapAmb") })
+	for what, st := range map[string]string{"container": c.exec("cat", "/tmp/status"), "exec": c.exec("cat", "/proc/self/status")} {
+		for _, set := range []string{"CapAmb", "CapInh", "CapEff", "CapPrm", "CapBnd"} {
+			if got := b.mask(st, set); got != want {
+				t.Errorf("%s: %s %#x, want %#x", what, set, got, want)
+			}
+		}
+	}
+	c = p.run(sh("sleep 300"), security(func(s *sctx) { s.RunAsUser = &runtime.Int64Value{Value: 1000} }))
+	if st := c.exec("cat", "/proc/self/status"); b.mask(st, "CapAmb") != 0 || b.mask(st, "CapEff") != 0 {
+		t.Errorf("without ambient capabilities: %s", st)
+	}
+	if b.node != nil {
+		p.refuses(sh("true"), ambient("NO_SUCH_ONE"), "add_ambient_capabilities", "NO_SUCH_ONE")
+	}
+}
+
 func TestExecCapabilities(t *testing.T) {
 	b := open(t)
 	c := b.pod().run(sh("sleep 300"), security(func(s *sctx) {
