@@ -110,17 +110,7 @@ func (s *Service) importFrom(ctx context.Context, what string, o ImportOptions, 
 func (s *Service) archiveOptions() archive.Options {
 	return archive.Options{
 		SpoolDir: filepath.Dir(s.cfg.LayersDir), MaxBytes: s.cfg.MaxArchiveBytes,
-		Choose: func(index []byte, mediaType string) (digest.Digest, error) {
-			list, err := manifest.ListFromBlob(index, mediaType)
-			if err != nil {
-				return "", fmt.Errorf("index: %w: %w", ErrInvalidImage, err)
-			}
-			chosen, err := list.ChooseInstance(s.systemContext())
-			if err != nil {
-				return "", fmt.Errorf("platform %s: %w: %w", s.platform(), ErrUnsupported, err)
-			}
-			return chosen, nil
-		},
+		Choose:  s.choose,
 		Matches: func(os, arch string) bool { return os == s.cfg.OS && arch == s.cfg.Architecture },
 	}
 }

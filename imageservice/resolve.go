@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -18,12 +19,16 @@ import (
 
 // systemContext is what all pulls have in common.
 func (s *Service) systemContext() *types.SystemContext {
-	return &types.SystemContext{
+	sys := &types.SystemContext{
 		SystemRegistriesConfPath: s.cfg.RegistriesConf, SystemRegistriesConfDirPath: s.cfg.RegistriesConfDir,
 		RegistriesDirPath: s.cfg.RegistriesDir, DockerPerHostCertDirPath: s.cfg.CertsDir, AuthFilePath: s.cfg.AuthFile,
 		OSChoice: s.cfg.OS, ArchitectureChoice: s.cfg.Architecture, VariantChoice: s.cfg.Variant,
-		DockerRegistryUserAgent: "berth",
+		DockerRegistryUserAgent: userAgent,
 	}
+	if s.cfg.Architecture == runtime.GOARCH && s.cfg.Variant == "" {
+		sys.ArchitectureChoice = "" // so that the variant is found out
+	}
+	return sys
 }
 
 // plan is what a manifest and a config say about an image to pull.
@@ -106,29 +111,19 @@ func (s *Service) chooseInstance(ctx context.Context, pl *plan) ([]byte, string,
 	if pl.top, err = topDigest(pl.named, blob); err != nil {
 		return nil, "", err
 	}
-	if !manifest.MIMETypeIsMultiImage(mime) {
-		return blob, mime, nil
+	for depth := 0; manifest.MIMETypeIsMultiImage(mime); depth++ {
+		if depth == maxIndexDepth {
+			return nil, "", fmt.Errorf("%d indexes inside one another, at most %d: %w", depth+1, maxIndexDepth, ErrUnsupported)
+		}
+		chosen, err := s.choose(blob, mime)
+		if err != nil {
+			return nil, "", err
+		}
+		if blob, mime, err = manifestOf(ctx, pl.src, chosen); err != nil {
+			return nil, "", err
+		}
 	}
-	list, err := manifest.ListFromBlob(blob, mime)
-	if err != nil {
-		return nil, "", fmt.Errorf("index: %w: %w", ErrInvalidImage, err)
-	}
-	chosen, err := list.ChooseInstance(s.systemContext())
-	if err != nil {
-		return nil, "", fmt.Errorf("platform %s: %w: %w", s.platform(), ErrUnsupported, err)
-	}
-	if err := chosen.Validate(); err != nil {
-		return nil, "", fmt.Errorf("index: digest %.100q: %w: %w", chosen, ErrInvalidImage, err)
-	}
-	return manifestOf(ctx, pl.src, chosen)
-}
-
-func (s *Service) platform() string {
-	p := s.cfg.OS + "/" + s.cfg.Architecture
-	if s.cfg.Variant != "" {
-		p += "/" + s.cfg.Variant
-	}
-	return p
+	return blob, mime, nil
 }
 
 // topDigest is that of the reference, which Manifest has checked, or of what came.
@@ -173,8 +168,6 @@ func (s *Service) readManifest(ctx context.Context, pl *plan, blob []byte, mime 
 	case manifest.DockerV2Schema2MediaType, ociManifestType:
 	case manifest.DockerV2Schema1MediaType, manifest.DockerV2Schema1SignedMediaType:
 		return fmt.Errorf("manifest of Docker's schema 1, obsolete since 2017: push it again with a newer tool: %w", ErrUnsupported)
-	case manifest.DockerV2ListMediaType, ociIndexType:
-		return fmt.Errorf("index inside an index: %w", ErrUnsupported)
 	default:
 		return fmt.Errorf("manifest of type %.100q: %w", mime, ErrUnsupported)
 	}

@@ -348,6 +348,64 @@ func TestPullIndex(t *testing.T) {
 	}
 }
 
+// TestPlatforms: which manifest of an index is the node's, by variant.
+func TestPlatforms(t *testing.T) {
+	of := func(arch, variant string) *registry.Image {
+		return mustBuild(t, registry.Spec{Architecture: arch, Variant: variant, Config: registry.Config{User: arch + variant}})
+	}
+	for _, tc := range []struct {
+		arch, variant string
+		index         []string // "arch/variant"
+		want          string
+	}{
+		{"amd64", "", []string{"amd64/v3", "amd64/", "arm64/v8"}, "amd64/"},
+		{"amd64", "", []string{"arm64/", "amd64/v1"}, "amd64/v1"},
+		{"amd64", "v3", []string{"amd64/", "amd64/v2", "amd64/v3", "amd64/v4"}, "amd64/v3"},
+		{"amd64", "v3", []string{"amd64/v4", "amd64/v2"}, "amd64/v2"},
+		{"amd64", "v2", []string{"amd64/v4", "amd64/v3"}, ""},
+		{"arm64", "", []string{"arm/v7", "arm64/v8"}, "arm64/v8"},
+		{"arm", "v7", []string{"arm/v5", "arm/v6", "arm/v8", "amd64/"}, "arm/v6"},
+		{"arm", "v6", []string{"arm/v7", "arm64/v8"}, ""},
+		{"riscv64", "", []string{"amd64/", "riscv64/"}, "riscv64/"},
+		{"riscv64", "", []string{"unknown/"}, ""},
+	} {
+		n := newNode(t, func(c *Config) { c.Architecture, c.Variant = tc.arch, tc.variant })
+		var all []*registry.Image
+		want := ""
+		for _, p := range tc.index {
+			arch, variant, _ := strings.Cut(p, "/")
+			all = append(all, of(arch, variant))
+			if p == tc.want {
+				want = all[len(all)-1].ConfigID
+			}
+		}
+		n.reg.Push("r", "v1", mustIndex(t, all...))
+		img, err := n.Pull(context.Background(), n.reg.Ref("r", "v1"), nil)
+		if img.ID != want || (err == nil) != (want != "") || err != nil && !errors.Is(err, ErrUnsupported) {
+			t.Errorf("%s/%s of %q: user %q, %v; want %q", tc.arch, tc.variant, tc.index, img.Config.User, err, tc.want)
+		}
+	}
+}
+
+// TestNestedIndex: an index may point to another, but not for ever.
+func TestNestedIndex(t *testing.T) {
+	n := newNode(t)
+	img := sample(t, "x")
+	deep := img
+	for i := range maxIndexDepth + 1 {
+		deep = mustIndex(t, deep)
+		n.reg.Push("r", fmt.Sprintf("v%d", i+1), deep)
+	}
+	for i := range maxIndexDepth {
+		if got := n.mustPull(n.reg.Ref("r", fmt.Sprintf("v%d", i+1))); got.ID != img.ConfigID {
+			t.Errorf("depth %d: %s", i+1, got.ID)
+		}
+	}
+	if _, err := n.Pull(context.Background(), n.reg.Ref("r", fmt.Sprintf("v%d", maxIndexDepth+1)), nil); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("too deep: %v", err)
+	}
+}
+
 func mustIndex(t *testing.T, images ...*registry.Image) *registry.Image {
 	t.Helper()
 	index, err := registry.NewIndex(images...)

@@ -83,6 +83,7 @@ type Spec struct {
 	Config       Config
 	Layers       []Layer
 	Architecture string // this machine's if empty
+	Variant      string // of it, in an index
 	OS           string // "linux" if empty
 }
 
@@ -99,6 +100,7 @@ type Descriptor struct {
 type Platform struct {
 	Architecture string `json:"architecture"`
 	OS           string `json:"os"`
+	Variant      string `json:"variant,omitempty"`
 }
 
 // Image is a built image or an index of images, with all blobs that it needs.
@@ -132,7 +134,7 @@ func Build(spec Spec) (*Image, error) {
 	}
 	img := &Image{
 		MediaType: typeManifest,
-		platform:  Platform{Architecture: spec.Architecture, OS: spec.OS},
+		platform:  Platform{Architecture: spec.Architecture, OS: spec.OS, Variant: spec.Variant},
 		blobs:     map[string][]byte{},
 	}
 	for i, l := range spec.Layers {
@@ -198,10 +200,13 @@ func orEmpty[T any](s []T) []T {
 }
 
 // NewIndex makes an index of the images, each under the platform that it was
-// built for.
+// built for. As a part of another index, one of a single image has its platform.
 func NewIndex(images ...*Image) (*Image, error) {
 	index := &Image{MediaType: typeIndex, children: images, blobs: map[string][]byte{}}
 	var manifests []Descriptor
+	if len(images) == 1 {
+		index.platform = images[0].platform
+	}
 	for _, c := range images {
 		manifests = append(manifests, Descriptor{
 			MediaType: c.MediaType, Digest: c.Digest, Size: int64(len(c.Manifest)), Platform: &c.platform,
