@@ -145,8 +145,8 @@ func (s *Service) sourcesOf(named reference.Named) (sources, error) {
 	if dir == "" {
 		dir = hostHosts
 	}
-	if src.hosts, err = findHosts(dir, host); err != nil {
-		return src, err
+	if src.hosts, err = findHosts(dir, host); err != nil && src.registry == nil {
+		return src, err // a file that does not count may be wrong
 	}
 	src.insecure = func(host string) bool {
 		return slices.Contains(s.cfg.InsecureRegistries, host) ||
