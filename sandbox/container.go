@@ -108,7 +108,7 @@ func (s *Service) planContainer(ctx context.Context, p *pod, cfg *runtime.Contai
 	id := newID()
 	oci, err := cgroup.OCIPath(rt.driver, p.config.GetLinux().GetCgroupParent(), id)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
+		return nil, invalid("", err)
 	}
 	logPath, err := containerLog(p, cfg, podCfg)
 	if err != nil {

@@ -2,7 +2,9 @@ package sandbox
 
 import (
 	"errors"
+	"fmt"
 
+	"github.com/berthd/berth/sandbox/cgroup"
 	"github.com/berthd/berth/sandbox/spec"
 )
 
@@ -39,3 +41,21 @@ var (
 
 // ErrRuntime: an OCI runtime is missing, too old or does not answer.
 var ErrRuntime = errors.New("OCI runtime unusable")
+
+// invalid is err as an ErrInvalid about a field, "" if err names one. A text that
+// says so already is not made to say it twice.
+func invalid(field string, err error) error {
+	said := errors.Is(err, ErrInvalid) || errors.Is(err, cgroup.ErrInvalid)
+	if field != "" {
+		err = fmt.Errorf("%s: %w", field, err)
+	}
+	if !said {
+		return fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
+	return invalidError{err}
+}
+
+type invalidError struct{ error }
+
+func (e invalidError) Unwrap() error        { return e.error }
+func (e invalidError) Is(target error) bool { return target == ErrInvalid }

@@ -267,7 +267,7 @@ func loadSeccomp(p *runtime.SecurityProfile, deprecatedPath string, privileged b
 	case runtime.SecurityProfile_Localhost:
 		profile, err := loadProfile(p.LocalhostRef)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %s.localhost_ref %.200q: %w", ErrInvalid, field, p.LocalhostRef, err)
+			return nil, invalid(fmt.Sprintf("%s.localhost_ref %.200q", field, p.LocalhostRef), err)
 		}
 		return profile, nil
 	}

@@ -79,7 +79,7 @@ func (s *Service) planPod(cfg *runtime.PodSandboxConfig, handler string) (podPla
 		return plan, err
 	}
 	if _, err := cgroup.OCIPath(rt.driver, cfg.GetLinux().GetCgroupParent(), "x"); err != nil {
-		return plan, fmt.Errorf("%w: %w", ErrInvalid, err)
+		return plan, invalid("", err)
 	}
 	raw, err := proto.Marshal(cfg)
 	if err != nil {

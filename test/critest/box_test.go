@@ -71,6 +71,15 @@ func (b *box) refused(err error, want codes.Code, parts ...string) {
 			b.Errorf("error does not name %q: %v", p, err)
 		}
 	}
+	b.once(err)
+}
+
+// once checks that an error does not say the same thing twice.
+func (b *box) once(err error) {
+	b.Helper()
+	if strings.Contains(err.Error(), "invalid argument: invalid argument") {
+		b.Errorf("error repeats itself: %v", err)
+	}
 }
 
 var podNumber atomic.Int64
@@ -216,6 +225,7 @@ func (p *pod) refuses(command []string, e edit, parts ...string) {
 			p.Errorf("error does not name %q: %v", part, err)
 		}
 	}
+	p.once(err)
 }
 
 // output runs a container to its end, which must be exit code 0, and returns
