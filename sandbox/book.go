@@ -71,6 +71,7 @@ func (b *book) load() error {
 			}
 			v.pods[r.ID] = p
 			b.last = max(b.last, r.Created)
+			b.events.clock.atLeast(r.Created)
 			return nil
 		})
 		if err != nil {
@@ -84,6 +85,7 @@ func (b *book) load() error {
 			}
 			v.containers[r.ID] = c
 			b.last = max(b.last, r.Created)
+			b.events.clock.atLeast(max(r.Created, r.Started, r.Finished))
 			return nil
 		})
 	})

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
-	"time"
+	"sync/atomic"
 
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -46,11 +46,30 @@ type event struct {
 	containers []*container
 }
 
+// clock tells times that only grow, also when the machine's clock is set back: the
+// kubelet takes the later one of a pod's events and statuses for the newer one.
+type clock struct{ last atomic.Int64 } // ns since 1970
+
+func (c *clock) next() int64 {
+	for {
+		last := c.last.Load()
+		if now := after(last); c.last.CompareAndSwap(last, now) {
+			return now
+		}
+	}
+}
+
+// atLeast makes the next time later than t.
+func (c *clock) atLeast(t int64) {
+	for last := c.last.Load(); last < t && !c.last.CompareAndSwap(last, t); last = c.last.Load() {
+	}
+}
+
 // hub hands events to followers. It never waits for one.
 type hub struct {
 	mu        sync.Mutex
 	followers map[*follower]bool
-	last      int64
+	clock     clock
 	closed    bool
 }
 
@@ -64,8 +83,7 @@ func (h *hub) publish(events []event) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for i := range events {
-		h.last = after(h.last)
-		events[i].at = h.last
+		events[i].at = h.clock.next()
 		for f := range h.followers {
 			select {
 			case f.queue <- events[i]:
@@ -164,7 +182,7 @@ func (s *Service) forward(ctx context.Context, f *follower, send func(*runtime.C
 func (s *Service) eventResponse(e event) *runtime.ContainerEventResponse {
 	out := &runtime.ContainerEventResponse{ContainerId: e.id, ContainerEventType: e.kind, CreatedAt: e.at}
 	if e.pod != nil {
-		st := s.podStatus(e.pod, e.containers, time.Unix(0, e.at))
+		st := s.podStatus(e.pod, e.containers, e.at)
 		out.PodSandboxStatus, out.ContainersStatuses = st.Status, st.ContainersStatuses
 	}
 	return out

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -106,7 +107,7 @@ func (c *container) imageSpec() *runtime.ImageSpec {
 
 // PodStatus returns the state of a pod and of its containers, all of one moment.
 func (s *Service) PodStatus(ctx context.Context, id string, verbose bool) (*runtime.PodSandboxStatusResponse, error) {
-	now := time.Now()
+	now := s.book.events.clock.next() // before the look: what comes later has a later time
 	v := s.book.view()
 	p, err := v.pod(id)
 	if err != nil {
@@ -120,7 +121,7 @@ func (s *Service) PodStatus(ctx context.Context, id string, verbose bool) (*runt
 }
 
 // podStatus is the status of a pod and of its containers as a view has them.
-func (s *Service) podStatus(p *pod, containers []*container, at time.Time) *runtime.PodSandboxStatusResponse {
+func (s *Service) podStatus(p *pod, containers []*container, at int64) *runtime.PodSandboxStatusResponse {
 	st := &runtime.PodSandboxStatus{Id: p.ID, Metadata: p.config.GetMetadata(), State: p.criState(), CreatedAt: p.Created,
 		Network: &runtime.PodSandboxNetworkStatus{}, RuntimeHandler: p.Handler,
 		Linux:  &runtime.LinuxPodSandboxStatus{Namespaces: &runtime.Namespace{Options: p.namespaceOptions()}},
@@ -131,7 +132,7 @@ func (s *Service) podStatus(p *pod, containers []*container, at time.Time) *runt
 			st.Network.AdditionalIps = append(st.Network.AdditionalIps, &runtime.PodIP{Ip: ip})
 		}
 	}
-	out := &runtime.PodSandboxStatusResponse{Status: st, Timestamp: at.UnixNano()}
+	out := &runtime.PodSandboxStatusResponse{Status: st, Timestamp: at}
 	for _, c := range containers {
 		if c.listed() {
 			out.ContainersStatuses = append(out.ContainersStatuses, s.statusOf(c))
@@ -163,7 +164,7 @@ func (s *Service) statusOf(c *container) *runtime.ContainerStatus {
 	st := &runtime.ContainerStatus{Id: c.ID, Metadata: c.config.GetMetadata(), State: c.criState(),
 		CreatedAt: c.Created, StartedAt: c.Started, FinishedAt: c.Finished, ExitCode: c.ExitCode,
 		Image: c.imageSpec(), ImageRef: c.ImageDigest, ImageId: c.ImageID, Reason: c.Reason, Message: c.Message,
-		Labels: c.config.GetLabels(), Annotations: c.config.GetAnnotations(), Mounts: c.mounts(), LogPath: c.LogPath, StopSignal: criSignal(c.StopSignal),
+		Labels: c.config.GetLabels(), Annotations: c.config.GetAnnotations(), Mounts: c.mounts(), LogPath: c.LogPath, StopSignal: criSignal(c.StopSignal, c.config.GetStopSignal()),
 		User: &runtime.ContainerUser{Linux: &runtime.LinuxContainerUser{Uid: int64(c.User.UID), Gid: int64(c.User.GID)}}}
 	for _, g := range c.User.Groups {
 		st.User.Linux.SupplementalGroups = append(st.User.Linux.SupplementalGroups, int64(g))
@@ -174,9 +175,11 @@ func (s *Service) statusOf(c *container) *runtime.ContainerStatus {
 	return st
 }
 
-// criSignal returns CRI's name for a signal number.
-func criSignal(n int) runtime.Signal {
-	for v := range runtime.Signal_name {
+// criSignal returns CRI's name for the number of a stop signal: the one that was
+// asked for, else of several names (SIGABRT, SIGIOT) the first.
+func criSignal(n int, asked runtime.Signal) runtime.Signal {
+	names := slices.Sorted(maps.Keys(runtime.Signal_name))
+	for _, v := range append([]int32{int32(asked)}, names...) {
 		sig := runtime.Signal(v)
 		if sig == runtime.Signal_SIGNAL_RUNTIME_DEFAULT {
 			continue

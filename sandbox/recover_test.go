@@ -4,6 +4,8 @@ import (
 	"testing"
 	"time"
 
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/berthd/berth/shim"
 )
 
@@ -98,5 +100,49 @@ func TestAfterIsMonotone(t *testing.T) {
 	}
 	if got := after(0); got < time.Now().Add(-time.Minute).UnixNano() {
 		t.Errorf("after 0: got %d, want about now", got)
+	}
+}
+
+// Times grow also when the clock is set back, and over a restart.
+func TestClock(t *testing.T) {
+	b := mustBook(t)
+	future := time.Now().Add(24 * time.Hour).UnixNano()
+	if _, err := b.insertPod(podRow{ID: newID(), State: StateReady, Created: future}); err != nil {
+		t.Fatal(err)
+	}
+	again := newBook(b.st)
+	if err := again.load(); err != nil {
+		t.Fatal(err)
+	}
+	if got := again.now(); got <= future {
+		t.Errorf("creation time %d, want it after that of an older pod, %d", got, future)
+	}
+	last := future
+	for range 3 {
+		got := again.events.clock.next()
+		if got <= last {
+			t.Errorf("time %d is not after %d", got, last)
+		}
+		last = got
+	}
+}
+
+func TestCRISignal(t *testing.T) {
+	for _, tc := range []struct {
+		n           int
+		asked, want runtime.Signal
+	}{
+		{15, runtime.Signal_SIGNAL_RUNTIME_DEFAULT, runtime.Signal_SIGNAL_SIGTERM},
+		{6, runtime.Signal_SIGNAL_RUNTIME_DEFAULT, runtime.Signal_SIGNAL_SIGABRT},
+		{6, runtime.Signal_SIGNAL_SIGIOT, runtime.Signal_SIGNAL_SIGIOT},
+		{10, runtime.Signal_SIGNAL_SIGTERM, runtime.Signal_SIGNAL_SIGUSR1}, // of the image, say
+		{0, runtime.Signal_SIGNAL_RUNTIME_DEFAULT, runtime.Signal_SIGNAL_RUNTIME_DEFAULT},
+	} {
+		for range 20 {
+			if got := criSignal(tc.n, tc.asked); got != tc.want {
+				t.Errorf("signal %d, asked for %v: got %v, want %v", tc.n, tc.asked, got, tc.want)
+				break
+			}
+		}
 	}
 }
