@@ -82,7 +82,16 @@ func (s *shim) runCreate() *stepError {
 	if err := point("create"); err != nil {
 		return err
 	}
-	mounts, err := mountPlan(s.l.Mounts, s.l.Rootfs, s.l.Bundle)
+	userNS := -1
+	if s.l.UserNS != "" {
+		fd, err := unix.Open(s.l.UserNS, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return failErr("user namespace", err)
+		}
+		defer unix.Close(fd) // the child that mounts has its own
+		userNS = fd
+	}
+	mounts, err := mountPlan(&s.l, userNS)
 	if err != nil {
 		return fail(wire.CodeInvalid, "Mounts", err.Error())
 	}
@@ -121,6 +130,9 @@ func (r *report) explain(j *job) *stepError {
 	// A read-only bind is two calls, so the numbers are no indices.
 	var what []string
 	for _, m := range l.Mounts {
+		if m.IDMap != "" {
+			what = append(what, "ID-mapped copy of "+m.IDMap)
+		}
 		what = append(what, m.Type+" "+m.Source+" at "+targetOf(&m, l.Rootfs, l.Bundle))
 	}
 	return fail(wire.CodeInternal, "mount", clip("call "+itoa(int(r.at))+" of "+strings.Join(what, ", ")+": "+msg))

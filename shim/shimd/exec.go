@@ -137,7 +137,7 @@ func (x *exec) start() *stepError {
 		o := &x.out[i]
 		o.fd, o.sent, o.cut = -1, 0, false
 		if err == nil && !x.stream {
-			o.fd, x.stdio[i+1], err = pipe(false)
+			o.fd, x.stdio[i+1], err = x.s.pipe(false)
 		}
 	}
 	if err != nil {

@@ -33,10 +33,14 @@ type forkPlan struct {
 	parent  int // this process
 }
 
-// mountCall is one mount(2), preceded by a chdir when dir is not nil.
+// mountCall is one mount(2), preceded by a chdir when dir is not nil. With attr
+// it is a copy of source, with those attributes, that is moved to target. It is
+// made in the name of uid and gid, see mountAs.
 type mountCall struct {
 	dir, source, target, fstype, data *byte
 	flags                             uintptr
+	attr                              *unix.MountAttr
+	uid, gid                          uint32
 }
 
 // A report, in memory shared with the child, tells where the child failed:
@@ -92,12 +96,13 @@ func mountFlag(o string) (flag uintptr, clear, ok bool) {
 }
 
 // mountPlan turns mounts as data into calls. A read-only bind takes two, as the
-// kernel ignores all other flags when it binds.
-func mountPlan(mounts []wire.Mount, rootfs, bundle string) ([]mountCall, error) {
+// kernel ignores all other flags when it binds. userNS is a descriptor of the user
+// namespace for ID-mapped mounts, -1 for none.
+func mountPlan(l *wire.Launch, userNS int) ([]mountCall, error) {
 	var calls []mountCall
-	for i := range mounts {
-		m := &mounts[i]
-		target := targetOf(m, rootfs, bundle)
+	for i := range l.Mounts {
+		m := &l.Mounts[i]
+		target := targetOf(m, l.Rootfs, l.Bundle)
 		flags, data := mountOptions(m.Options)
 		if len(data) >= unix.Getpagesize() {
 			return nil, unix.E2BIG
@@ -107,8 +112,20 @@ func mountPlan(mounts []wire.Mount, rootfs, bundle string) ([]mountCall, error) 
 			return nil, err
 		}
 		c := mountCall{source: ptr[0], target: ptr[1], fstype: ptr[2], data: ptr[3], flags: flags}
-		if m.Dir != "" {
-			if c.dir, err = unix.BytePtrFromString(m.Dir); err != nil {
+		dir := m.Dir
+		if m.IDMap != "" {
+			copied, err := idMapCall(m, c, userNS)
+			if err != nil {
+				return nil, err
+			}
+			calls = append(calls, copied)
+			if flags&unix.MS_BIND != 0 {
+				continue
+			}
+			dir, c.uid, c.gid = target+"/"+m.Dir, l.RootUID, l.RootGID
+		}
+		if dir != "" {
+			if c.dir, err = unix.BytePtrFromString(dir); err != nil {
 				return nil, err
 			}
 		}
@@ -119,6 +136,25 @@ func mountPlan(mounts []wire.Mount, rootfs, bundle string) ([]mountCall, error) 
 		}
 	}
 	return calls, nil
+}
+
+// idMapCall is the copy of m.IDMap. It is made private: mounts on it, such as the
+// container's root, would else appear wherever its original is a peer, on the
+// host to begin with.
+func idMapCall(m *wire.Mount, c mountCall, userNS int) (mountCall, error) {
+	if userNS < 0 {
+		return mountCall{}, unix.EBADF
+	}
+	source, err := unix.BytePtrFromString(m.IDMap)
+	if err != nil {
+		return mountCall{}, err
+	}
+	attr := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Propagation: unix.MS_PRIVATE, Userns_fd: uint64(userNS)}
+	if c.flags&unix.MS_BIND != 0 {
+		// These four have the same numbers in both interfaces.
+		attr.Attr_set |= uint64(c.flags & (unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC))
+	}
+	return mountCall{source: source, target: c.target, attr: attr}, nil
 }
 
 func targetOf(m *wire.Mount, rootfs, bundle string) string {
@@ -172,6 +208,7 @@ func cstrings(list ...string) ([]*byte, error) {
 
 var (
 	rootDir = [2]byte{'/', 0}
+	noPath  = [1]byte{0}
 	allMask = ^uint64(0)
 )
 
@@ -212,11 +249,8 @@ func fork(p *forkPlan) (uintptr, unix.Errno) {
 //go:nosplit
 func child(p *forkPlan) (at, failure int32) {
 	unix.RawSyscall(unix.SYS_SETPGID, 0, 0, 0)
-	// A runtime dies with its shim: one that hangs would stay for ever, and
-	// nobody would know whose it is. The threads of a shim end with it only.
-	unix.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0)
-	if ppid, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0); int(ppid) != p.parent {
-		return atFork, int32(unix.ECHILD)
+	if e := dieWith(p.parent); e != 0 {
+		return atFork, int32(e)
 	}
 	if p.unshare {
 		if _, _, e := unix.RawSyscall(unix.SYS_UNSHARE, unix.CLONE_NEWNS, 0, 0); e != 0 {
@@ -225,15 +259,26 @@ func child(p *forkPlan) (at, failure int32) {
 	}
 	for i := range p.mounts {
 		m := &p.mounts[i]
+		if m.attr != nil {
+			if e := copyMount(m); e != 0 {
+				return int32(i), int32(e)
+			}
+			continue
+		}
 		if m.dir != nil {
 			if _, _, e := unix.RawSyscall(unix.SYS_CHDIR, uintptr(unsafe.Pointer(m.dir)), 0, 0); e != 0 {
 				return int32(i), int32(e)
 			}
 		}
-		_, _, e := unix.RawSyscall6(unix.SYS_MOUNT, uintptr(unsafe.Pointer(m.source)), uintptr(unsafe.Pointer(m.target)),
-			uintptr(unsafe.Pointer(m.fstype)), m.flags, uintptr(unsafe.Pointer(m.data)), 0)
-		if e != 0 {
+		if e := mountAs(m); e != 0 {
 			return int32(i), int32(e)
+		}
+		if m.uid == 0 {
+			continue
+		}
+		// Who becomes another user is forgotten by its parent's end.
+		if e := dieWith(p.parent); e != 0 {
+			return atFork, int32(e)
 		}
 	}
 	unix.RawSyscall(unix.SYS_CHDIR, uintptr(unsafe.Pointer(&rootDir)), 0, 0)
@@ -248,4 +293,78 @@ func child(p *forkPlan) (at, failure int32) {
 	_, _, e := unix.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(p.argv[0])),
 		uintptr(unsafe.Pointer(&p.argv[0])), uintptr(unsafe.Pointer(&p.envv[0])))
 	return atExec, int32(e)
+}
+
+// dieWith is run by child. A runtime dies with its shim: one that hangs would stay
+// for ever, and nobody would know whose it is. The threads of a shim end with it
+// only.
+//
+//go:noinline
+//go:norace
+//go:nosplit
+func dieWith(parent int) unix.Errno {
+	unix.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0)
+	if ppid, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0); int(ppid) != parent {
+		return unix.ECHILD
+	}
+	return 0
+}
+
+// mountAs is run by child. An overlay does what it does to its layers with the
+// credentials of who mounted it. On an ID-mapped layer the host's root does not
+// exist and can make no file (EOVERFLOW; the kernel would then mount the overlay
+// read-only), so it has to be a user who does, but with all of root's
+// capabilities, which the kernel is told to leave.
+//
+//go:noinline
+//go:norace
+//go:nosplit
+func mountAs(m *mountCall) unix.Errno {
+	var bits uintptr
+	if m.uid != 0 {
+		var e unix.Errno
+		if bits, _, e = unix.RawSyscall(unix.SYS_PRCTL, unix.PR_GET_SECUREBITS, 0, 0); e != 0 {
+			return e
+		}
+		if _, _, e = unix.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_SECUREBITS, bits|noSetuidFixup, 0); e != 0 {
+			return e
+		}
+		unix.RawSyscall(unix.SYS_SETFSGID, uintptr(m.gid), 0, 0)
+		unix.RawSyscall(unix.SYS_SETFSUID, uintptr(m.uid), 0, 0)
+	}
+	_, _, e := unix.RawSyscall6(unix.SYS_MOUNT, uintptr(unsafe.Pointer(m.source)), uintptr(unsafe.Pointer(m.target)),
+		uintptr(unsafe.Pointer(m.fstype)), m.flags, uintptr(unsafe.Pointer(m.data)), 0)
+	if m.uid != 0 {
+		unix.RawSyscall(unix.SYS_SETFSUID, 0, 0, 0)
+		unix.RawSyscall(unix.SYS_SETFSGID, 0, 0, 0)
+		if _, _, e2 := unix.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_SECUREBITS, bits, 0); e == 0 {
+			e = e2
+		}
+	}
+	return e
+}
+
+// noSetuidFixup is SECBIT_NO_SETUID_FIXUP (capabilities(7)).
+const noSetuidFixup = 1 << 2
+
+// copyMount is run by child.
+//
+//go:noinline
+//go:norace
+//go:nosplit
+func copyMount(m *mountCall) unix.Errno {
+	at, none := uintptr(^uint(99)), uintptr(unsafe.Pointer(&noPath)) // AT_FDCWD is -100
+	fd, _, e := unix.RawSyscall(unix.SYS_OPEN_TREE, at, uintptr(unsafe.Pointer(m.source)),
+		unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
+	if e != 0 {
+		return e
+	}
+	_, _, e = unix.RawSyscall6(unix.SYS_MOUNT_SETATTR, fd, none, unix.AT_EMPTY_PATH|unix.AT_RECURSIVE,
+		uintptr(unsafe.Pointer(m.attr)), unsafe.Sizeof(unix.MountAttr{}), 0)
+	if e != 0 {
+		return e
+	}
+	_, _, e = unix.RawSyscall6(unix.SYS_MOVE_MOUNT, fd, none, at, uintptr(unsafe.Pointer(m.target)), unix.MOVE_MOUNT_F_EMPTY_PATH, 0)
+	unix.RawSyscall(unix.SYS_CLOSE, fd, 0, 0)
+	return e
 }

@@ -206,6 +206,9 @@ func check(l *wire.Launch) *stepError {
 		if m.Target != "" && !local(m.Target) {
 			return bad("Mounts", "target is not a local path: "+clip(m.Target))
 		}
+		if m.IDMap != "" && (m.IDMap[0] != '/' || l.UserNS == "") {
+			return bad("Mounts", "IDMap is not an absolute path, or without UserNS: "+clip(m.IDMap))
+		}
 	}
 	if l.MaxLogLine == 0 {
 		l.MaxLogLine = crilog.MaxLine

@@ -3,8 +3,10 @@ package shimd
 import (
 	"os"
 	osexec "os/exec"
+	"runtime"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -40,10 +42,13 @@ func TestMountOptions(t *testing.T) {
 }
 
 func TestMountPlan(t *testing.T) {
-	calls, err := mountPlan([]wire.Mount{
-		{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=1"}, Dir: "/layers"},
-		{Type: "bind", Source: "/x", Options: []string{"rbind", "ro"}, Target: "vol-0"},
-	}, "/root", "/bundle")
+	plan := func(userNS int, mounts ...wire.Mount) ([]mountCall, error) {
+		return mountPlan(&wire.Launch{Mounts: mounts, Rootfs: "/root", Bundle: "/bundle", RootUID: 7, RootGID: 8}, userNS)
+	}
+	calls, err := plan(-1,
+		wire.Mount{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=1"}, Dir: "/layers"},
+		wire.Mount{Type: "bind", Source: "/x", Options: []string{"rbind", "ro"}, Target: "vol-0"},
+	)
 	if err != nil || len(calls) != 3 {
 		t.Fatalf("%d calls, %v", len(calls), err)
 	}
@@ -59,12 +64,174 @@ func TestMountPlan(t *testing.T) {
 		}
 	}
 	long := []string{"lowerdir=" + strings.Repeat("x", unix.Getpagesize())}
-	if _, err := mountPlan([]wire.Mount{{Type: "overlay", Options: long}}, "/root", "/bundle"); err != unix.E2BIG {
+	if _, err := plan(-1, wire.Mount{Type: "overlay", Options: long}); err != unix.E2BIG {
 		t.Errorf("options of more than a page: %v", err)
 	}
-	if _, err := mountPlan([]wire.Mount{{Type: "bind", Source: "a\x00b"}}, "/root", "/bundle"); err == nil {
+	if _, err := plan(-1, wire.Mount{Type: "bind", Source: "a\x00b"}); err == nil {
 		t.Error("a NUL was accepted")
 	}
+}
+
+func TestMountPlanIDMapped(t *testing.T) {
+	l := wire.Launch{Rootfs: "/root", Bundle: "/bundle", RootUID: 7, RootGID: 8, Mounts: []wire.Mount{
+		{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=1"}, Dir: "layers", IDMap: "/state"},
+		{Type: "bind", Source: "/x", Options: []string{"rbind", "ro", "nosuid"}, Target: "vol-0", IDMap: "/x"},
+	}}
+	calls, err := mountPlan(&l, 5)
+	if err != nil || len(calls) != 3 {
+		t.Fatalf("%d calls, %v", len(calls), err)
+	}
+	if a := calls[0].attr; a == nil || a.Userns_fd != 5 || a.Attr_set != unix.MOUNT_ATTR_IDMAP || a.Propagation != unix.MS_PRIVATE {
+		t.Errorf("copy for the overlay: %+v", a)
+	}
+	if c := calls[1]; c.attr != nil || unix.BytePtrToString(c.dir) != "/root/layers" || c.uid != 7 || c.gid != 8 {
+		t.Errorf("the overlay: %+v", c)
+	}
+	if a := calls[2].attr; a == nil || a.Attr_set != unix.MOUNT_ATTR_IDMAP|unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID || calls[2].uid != 0 {
+		t.Errorf("bind: %+v", calls[2])
+	}
+	for i, want := range []string{"/state", "overlay", "/x"} {
+		if got := unix.BytePtrToString(calls[i].source); got != want {
+			t.Errorf("call %d of %s, want %s", i, got, want)
+		}
+	}
+	if _, err := mountPlan(&l, -1); err != unix.EBADF {
+		t.Errorf("without a user namespace: %v", err)
+	}
+}
+
+// TestIDMappedMounts has the child mount a writable overlay and a read-only copy,
+// on directories that are root's, and looks at who owns what.
+func TestIDMappedMounts(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: mounts file systems")
+	}
+	dir := t.TempDir()
+	for _, d := range []string{"layers/1", "snapshots/2/upper", "snapshots/2/work", "bundle/rootfs", "bundle/vol-0"} {
+		mustT(t, os.MkdirAll(dir+"/"+d, 0o755))
+	}
+	mustT(t, os.WriteFile(dir+"/layers/1/old", []byte("old"), 0o600))
+	mustT(t, os.Chown(dir+"/layers/1/old", 4, 5))
+	l := wire.Launch{Rootfs: dir + "/bundle/rootfs", Bundle: dir + "/bundle", RootUID: 300000, RootGID: 300000, Mounts: []wire.Mount{
+		{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=1", "upperdir=../snapshots/2/upper", "workdir=../snapshots/2/work"}, Dir: "layers", IDMap: dir},
+		{Type: "bind", Source: dir + "/layers/1", Options: []string{"ro", "rbind"}, Target: "vol-0", IDMap: dir + "/layers/1"},
+	}}
+	ns := mustUserNS(t, 300000)
+	// What is made by whoever is not in the namespace must fail, and nothing be read-only.
+	script := "cd $0; stat -c %u:%g rootfs rootfs/old vol-0/old; chmod 644 rootfs/old; touch vol-0/x 2>/dev/null || echo read-only; mkdir rootfs/mine 2>/dev/null || echo stranger; id -u; grep ^CapEff /proc/self/status; cat rootfs/old"
+	calls, err := mountPlan(&l, int(ns.Fd()))
+	mustT(t, err)
+	out, status, r := runFork(t, calls, "/bin/sh", "-c", script, dir+"/bundle")
+	if r.errno == int32(unix.EINVAL) || r.errno == int32(unix.ENOSYS) {
+		t.Skipf("call %d: %v: not on this kernel or file system", r.at, unix.Errno(r.errno))
+	}
+	own, err := os.ReadFile("/proc/self/status")
+	mustT(t, err)
+	_, caps, _ := strings.Cut(string(own), "CapEff:")
+	caps, _, _ = strings.Cut(caps, "\n") // the runtime is to have all of them back
+	if want := "300000:300000\n300004:300005\n300004:300005\nread-only\nstranger\n0\nCapEff:" + caps + "\nold"; status != 0 || out != want {
+		t.Errorf("report %+v, status %d, output %q, want %q", r, status, out, want)
+	}
+	var st unix.Stat_t
+	mustT(t, unix.Stat(dir+"/snapshots/2/upper/old", &st))
+	if st.Uid != 4 || st.Gid != 5 || st.Mode&0o777 != 0o644 {
+		t.Errorf("in the writable layer: %d:%d, mode %o", st.Uid, st.Gid, st.Mode)
+	}
+	if table, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(table), dir) {
+		t.Errorf("mounts have come out: %v", err)
+	}
+	// The runtime dies with who started it, though that changes its user meanwhile.
+	pid := make(chan int)
+	p := newPlan(t, calls, "/bin/sleep", "60")
+	go onThread(func() {
+		n, errno := fork(p)
+		for i := 0; errno == 0 && i < 500; i++ {
+			if comm, err := os.ReadFile("/proc/" + strconv.Itoa(int(n)) + "/comm"); err != nil || string(comm) == "sleep\n" {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		pid <- int(n)
+	})
+	var ws unix.WaitStatus
+	if _, err := unix.Wait4(<-pid, &ws, 0, nil); err != nil || !ws.Signaled() || ws.Signal() != unix.SIGKILL {
+		t.Errorf("after the end of the thread that started it: %v, %#x", err, ws)
+	}
+}
+
+// onThread runs fn on a thread that ends afterwards, as the first one never does.
+func onThread(fn func()) {
+	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() {
+		done := make(chan bool)
+		go func() {
+			defer close(done)
+			onThread(fn)
+		}()
+		<-done
+		runtime.UnlockOSThread()
+		return
+	}
+	fn()
+}
+
+// newPlan is a plan to run a program with these mounts and no stdio.
+func newPlan(t *testing.T, mounts []mountCall, argv ...string) *forkPlan {
+	t.Helper()
+	if reports == nil {
+		mustT(t, mapReports())
+	}
+	args, err := cstrings(argv...)
+	mustT(t, err)
+	env, err := cstrings("PATH=/usr/sbin:/usr/bin:/sbin:/bin")
+	mustT(t, err)
+	return &forkPlan{unshare: true, mounts: mounts, stdio: [3]int{-1, -1, -1}, argv: append(args, nil), envv: append(env, nil), report: &reports[0], parent: unix.Getpid()}
+}
+
+func mustT(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// mustUserNS returns a user namespace with its root at id on the host.
+func mustUserNS(t *testing.T, id int) *os.File {
+	t.Helper()
+	cmd := osexec.Command("sleep", "60")
+	maps := []syscall.SysProcIDMap{{ContainerID: 0, HostID: id, Size: 65536}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER, UidMappings: maps, GidMappings: maps}
+	if err := cmd.Start(); err != nil {
+		t.Skipf("no user namespaces: %v", err)
+	}
+	defer func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	}()
+	f, err := os.Open("/proc/" + strconv.Itoa(cmd.Process.Pid) + "/ns/user")
+	mustT(t, err)
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// runFork forks with the mounts and runs a program to its end.
+func runFork(t *testing.T, mounts []mountCall, argv ...string) (out string, status int, r report) {
+	t.Helper()
+	f, err := os.CreateTemp(t.TempDir(), "out")
+	mustT(t, err)
+	defer f.Close()
+	p := newPlan(t, mounts, argv...)
+	p.stdio[1], p.stdio[2] = int(f.Fd()), int(f.Fd())
+	pid, errno := fork(p)
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	var ws unix.WaitStatus
+	_, err = unix.Wait4(int(pid), &ws, 0, nil)
+	mustT(t, err)
+	text, err := os.ReadFile(f.Name())
+	mustT(t, err)
+	return string(text), ws.ExitStatus(), reports[0]
 }
 
 func TestRuntimeMessage(t *testing.T) {
@@ -190,6 +357,8 @@ func TestCheck(t *testing.T) {
 		"ExitFile":      func(l *wire.Launch) { l.ExitFile = "/" + strings.Repeat("x", 5000) },
 		"Rootfs":        func(l *wire.Launch) { l.Mounts = []wire.Mount{{}} },
 		"Mounts":        func(l *wire.Launch) { l.Mounts = []wire.Mount{{Target: "a/../../b"}} },
+		"Mounts ":       func(l *wire.Launch) { l.Mounts = []wire.Mount{{Target: "a", IDMap: "/x"}} },
+		"Mounts  ":      func(l *wire.Launch) { l.Mounts, l.UserNS = []wire.Mount{{Target: "a", IDMap: "x"}}, "/ns" },
 		"MaxLogLine":    func(l *wire.Launch) { l.MaxLogLine = 65 << 10 },
 		"DrainTimeout":  func(l *wire.Launch) { l.DrainTimeout = -1 },
 		"CreateTimeout": func(l *wire.Launch) { l.CreateTimeout = 2 * time.Hour },
@@ -198,7 +367,7 @@ func TestCheck(t *testing.T) {
 	for field, spoil := range bad {
 		l := good
 		spoil(&l)
-		if e := check(&l); e == nil || e.Step != field || e.Code != wire.CodeInvalid {
+		if e := check(&l); e == nil || e.Step != strings.TrimSpace(field) || e.Code != wire.CodeInvalid {
 			t.Errorf("%s: %+v", field, e)
 		}
 	}

@@ -49,14 +49,14 @@ func (s *shim) openStdio() error {
 		return s.loop.add(fd, unix.EPOLLIN, func(uint32) { s.acceptTTY() })
 	}
 	if s.l.Stdin {
-		r, w, err := pipe(true)
+		r, w, err := s.pipe(true)
 		if err != nil {
 			return err
 		}
 		s.create.stdio[0], s.stdin.fd = r, w
 	}
 	for i, name := range [2]string{"stdout", "stderr"} {
-		r, w, err := pipe(false)
+		r, w, err := s.pipe(false)
 		if err != nil {
 			return err
 		}
@@ -64,6 +64,21 @@ func (s *shim) openStdio() error {
 		s.streams[i] = s.newStream(name, r)
 	}
 	return nil
+}
+
+// pipe returns a pipe for the container, of which only the shim's end is
+// non-blocking. In a user namespace the OCI runtime cannot change its owner, and
+// nobody in there could open it by its name in /proc, if it were the host's root.
+func (s *shim) pipe(write bool) (r, w int, err error) {
+	r, w, err = pipe(write)
+	if err == nil && (s.l.RootUID != 0 || s.l.RootGID != 0) {
+		if err = unix.Fchown(w, int(s.l.RootUID), int(s.l.RootGID)); err != nil {
+			unix.Close(r)
+			unix.Close(w)
+			return -1, -1, err
+		}
+	}
+	return r, w, err
 }
 
 // pipe returns a pipe of which only the shim's end is non-blocking.

@@ -1,6 +1,9 @@
 package wire
 
-import "time"
+import (
+	"math"
+	"time"
+)
 
 // Each message has two methods. Append adds it to b as one frame of the call;
 // the error is ErrSize. Decode sets the fields that are in f and leaves the
@@ -81,6 +84,12 @@ func (f Fields) each(set setter) error {
 
 func setUint(v *uint64, p []byte) (err error) { *v, err = Uint(p); return err }
 
+func setUint32(v *uint32, p []byte) error {
+	n, err := Uint(p)
+	*v = uint32(min(n, math.MaxUint32))
+	return err
+}
+
 func setInt(v *int, p []byte) error {
 	n, err := Int(p)
 	*v = clampInt(n)
@@ -151,6 +160,7 @@ func (l Launch) Append(b *Builder, call uint32) error {
 		in.Strings(3, m.Options)
 		in.String(4, m.Dir)
 		in.String(5, m.Target)
+		in.String(6, m.IDMap)
 		b.Bytes(13, in.Buf)
 	}
 	b.String(14, l.Rootfs)
@@ -165,6 +175,9 @@ func (l Launch) Append(b *Builder, call uint32) error {
 		// One more than twice the value: zero, too, must be said.
 		b.Int(21, int64(*l.OOMScoreAdj)*2+1)
 	}
+	b.String(22, l.UserNS)
+	b.Uint(23, uint64(l.RootUID))
+	b.Uint(24, uint64(l.RootGID))
 	return b.End()
 }
 
@@ -228,6 +241,12 @@ func (l *Launch) decodeRest(tag byte, p []byte) error {
 		v := clampInt((n - 1) / 2)
 		l.OOMScoreAdj = &v
 		return err
+	case 22:
+		return setString(&l.UserNS, p)
+	case 23:
+		return setUint32(&l.RootUID, p)
+	case 24:
+		return setUint32(&l.RootGID, p)
 	}
 	return nil
 }
@@ -245,6 +264,8 @@ func (m *Mount) decode(f Fields) error {
 			return setString(&m.Dir, p)
 		case 5:
 			return setString(&m.Target, p)
+		case 6:
+			return setString(&m.IDMap, p)
 		}
 		return nil
 	})

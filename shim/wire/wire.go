@@ -131,6 +131,10 @@ type Mount struct {
 	// Target is where it is mounted, a local path below the bundle; "" is the
 	// container's root.
 	Target string
+	// IDMap, when set, is a directory, an absolute path, of which a copy that
+	// shows owners as Launch.UserNS maps them is mounted on Target first; Dir
+	// is relative to it then. For a bind mount the copy is all.
+	IDMap string
 }
 
 // Launch tells a new shim what to create and how to look after it.
@@ -179,6 +183,12 @@ type Launch struct {
 	// kernel does not let it be lowered (no CAP_SYS_RESOURCE), it stays. The
 	// container inherits it unless its spec sets one.
 	OOMScoreAdj *int
+
+	// UserNS is the path of the container's user namespace, for Mount.IDMap;
+	// "" for none. RootUID and RootGID are who is root in it, on the host: the
+	// owner of pipes to the container.
+	UserNS           string
+	RootUID, RootGID uint32
 }
 
 // Launched answers Launch.

@@ -37,6 +37,8 @@ var messages = []struct {
 		DrainTimeout: 2 * time.Second, CreateTimeout: time.Minute, OOMScoreAdj: &adj,
 	}, &Launch{}},
 	{"launchtarget", Launch{ID: "c1", Mounts: []Mount{{Type: "bind", Source: "/x", Target: "vol-0"}}}, &Launch{}},
+	{"launchuser", Launch{ID: "c1", Mounts: []Mount{{Type: "overlay", IDMap: "/state", Dir: "layers"}},
+		UserNS: "/ns/user", RootUID: 1<<32 - 2, RootGID: 65536}, &Launch{}},
 	{"kill", Kill{Signal: 15, All: true}, &Kill{}},
 	{"exec", Exec{Timeout: time.Second, Drain: time.Millisecond, MaxOutput: 1 << 24}, &Exec{}},
 	{"execstream", Exec{Stream: true, Console: "/c"}, &Exec{}},
