@@ -61,6 +61,11 @@ func (c *Container) security() *runtime.LinuxContainerSecurityContext {
 
 func (c *Container) privileged() bool { return c.security().GetPrivileged() }
 
+// seesHost tells whether the container is shown the host's control groups as they
+// are. One in a user namespace is root there at most, and the kernel would not
+// mount them for it.
+func (c *Container) seesHost() bool { return c.privileged() && c.UserNS == nil }
+
 func processRule(c *Container, s *specs.Spec) (err error) {
 	p := s.Process
 	if p.Args, err = command(c); err != nil {
@@ -115,15 +120,26 @@ func namespaceRule(c *Container, s *specs.Spec) error {
 	add(specs.UTSNamespace, c.UTS)
 	add(specs.PIDNamespace, c.PID)
 	add(specs.MountNamespace, Namespace{})
-	// On v2 a container sees its own group as the root, except a privileged
-	// one, which is there to see the host. On v1 there is no need: the
+	// On v2 a container sees its own group as the root, except one that is
+	// there to see the host. On v1 there is no need: the
 	// runtime mounts just the container's part of each hierarchy.
-	add(specs.CgroupNamespace, Namespace{Host: !c.Host.CgroupV2 || c.privileged()})
+	add(specs.CgroupNamespace, Namespace{Host: !c.Host.CgroupV2 || c.seesHost()})
+	addUser(s, c.UserNS)
 	if c.UTS == (Namespace{}) {
 		// A pinned namespace has its name already, the host's must keep it.
 		s.Hostname = c.Hostname
 	}
 	return nil
+}
+
+// addUser has the container join a user namespace. Runtimes want to be told its
+// mappings as well, which they compare or need to know before they join.
+func addUser(s *specs.Spec, u *UserNS) {
+	if u == nil {
+		return
+	}
+	namespaces(s)(specs.UserNamespace, Namespace{Path: u.Path})
+	s.Linux.UIDMappings, s.Linux.GIDMappings = slices.Clone(u.UIDs), slices.Clone(u.GIDs)
 }
 
 func namespaces(s *specs.Spec) func(specs.LinuxNamespaceType, Namespace) {
@@ -152,7 +168,13 @@ func deviceRule(c *Container, s *specs.Spec) error {
 		if err := checkDevice(d); err != nil {
 			return fmt.Errorf("devices[%d]: %w", i, err)
 		}
-		s.Linux.Devices = append(s.Linux.Devices, d.LinuxDevice)
+		if c.UserNS != nil && d.Source != "" && d.Source != d.Path {
+			// No device nodes can be made in a user namespace. Runtimes bind
+			// the host's instead, and take its path to be the container's.
+			s.Mounts = append(s.Mounts, bindMount(Mount{Source: d.Source, Destination: d.Path, Options: []string{"nosuid", "noexec"}}))
+		} else {
+			s.Linux.Devices = append(s.Linux.Devices, d.LinuxDevice)
+		}
 		if !c.privileged() {
 			r.Devices = append(r.Devices, specs.LinuxDeviceCgroup{
 				Allow: true, Type: d.Type, Major: ptr(d.Major), Minor: ptr(d.Minor), Access: d.Access,

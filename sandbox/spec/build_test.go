@@ -117,6 +117,22 @@ func TestBuildGolden(t *testing.T) {
 			c.HostsFile, c.HostnameFile, c.ResolvConf, c.ShmDir = "", "", "", ""
 			c.Config.Linux = nil
 		},
+		"user_namespace": func(c *Container) {
+			c.UserNS = &someUserNS
+			c.Host = v2Host
+			c.Config.Linux.SecurityContext.Privileged = true
+			c.Mounts = []Mount{{Source: "/vol", Destination: "/vol", UIDMappings: someUserNS.UIDs, GIDMappings: someUserNS.GIDs}, {Source: "/plain", Destination: "/plain"}}
+			c.Devices = []Device{
+				{LinuxDevice: specs.LinuxDevice{Path: "/dev/fuse", Type: "c", Major: 10, Minor: 229}, Access: "rw", Source: "/dev/fuse"},
+				{LinuxDevice: specs.LinuxDevice{Path: "/dev/own", Type: "c", Major: 1, Minor: 5}, Access: "r", Source: "/dev/zero"},
+			}
+		},
+		"user_namespace_of_host": func(c *Container) {
+			c.UserNS = &UserNS{Path: "/run/berth/ns/p1/user", UIDs: []specs.LinuxIDMapping{{HostID: 7, Size: 1}}, GIDs: []specs.LinuxIDMapping{{HostID: 7, Size: 5}}}
+			host := Namespace{Host: true}
+			c.Network, c.IPC, c.UTS = host, host, host
+			c.Host.MQueue = true
+		},
 		"own_dev_and_etc": func(c *Container) {
 			c.Mounts = []Mount{
 				{Source: "/dev", Destination: "/dev"},
@@ -135,6 +151,43 @@ func TestBuildGolden(t *testing.T) {
 			}
 			golden(t, name, s)
 		})
+	}
+}
+
+var someUserNS = UserNS{
+	Path: "/run/berth/ns/p1/user",
+	UIDs: []specs.LinuxIDMapping{{HostID: 100000, Size: 65536}},
+	GIDs: []specs.LinuxIDMapping{{HostID: 200000, Size: 65536}},
+}
+
+// TestUserNSOfHost: what is left out and what is recursive depends on the host.
+func TestUserNSOfHost(t *testing.T) {
+	c := plain()
+	c.UserNS, c.Network, c.IPC, c.Host = &someUserNS, Namespace{Host: true}, Namespace{Host: true}, v2Host
+	s, err := Build(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range s.Mounts {
+		if m.Destination == "/dev/mqueue" {
+			t.Errorf("a queue file system of the host's that is not there: %+v", m)
+		}
+		if m.Destination == "/sys" && (m.Type != "bind" || !slices.Contains(m.Options, "rro")) {
+			t.Errorf("/sys: %+v", m)
+		}
+	}
+}
+
+// TestInitUser: the init of a user namespace is as far from root as can be.
+func TestInitUser(t *testing.T) {
+	for size, want := range map[uint32]uint32{65536: 65535, 100000: 65535, 65535: 65534, 2: 1, 1: 0} {
+		s, err := Init(InitPod{Host: v2Host, Arch: "amd64", UserNS: &UserNS{Path: "/ns", UIDs: []specs.LinuxIDMapping{{HostID: 1 << 20, Size: size}}, GIDs: someUserNS.GIDs}})
+		if err != nil || s.Process.User.UID != want || s.Process.User.GID != 65535 {
+			t.Errorf("%d users: %+v, %v; want user %d", size, s.Process.User, err, want)
+		}
+		if n := len(s.Linux.UIDMappings); n != 1 || !slices.ContainsFunc(s.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.UserNamespace && n.Path == "/ns" }) {
+			t.Errorf("%d users: %d mappings, namespaces %v", size, n, s.Linux.Namespaces)
+		}
 	}
 }
 
@@ -168,6 +221,10 @@ func TestBuildErrors(t *testing.T) {
 		change func(*Container)
 		err    string
 	}{
+		{"bidirectional from a user namespace", func(c *Container) {
+			c.UserNS = &someUserNS
+			c.Mounts = []Mount{{Source: "/a", Destination: "/a", Propagation: "rshared"}}
+		}, "mounts[0]: invalid argument: propagation: bidirectional"},
 		{"no config", func(c *Container) { c.Config = nil }, "config: missing"},
 		{"no command", func(c *Container) { c.Image = Image{} }, "neither entrypoint nor cmd"},
 		{"empty program", func(c *Container) { c.Config.Command = []string{""} }, "name of the program is empty"},

@@ -31,7 +31,7 @@ func Init(p InitPod) (*specs.Spec, error) {
 	s := &specs.Spec{
 		Version: ociVersion,
 		Process: &specs.Process{
-			User: specs.User{UID: initID, GID: initID, AdditionalGids: []uint32{initID}},
+			User: initUser(p.UserNS),
 			Args: []string{initPath},
 			// It sleeps all its life: one P and no collector keep it small.
 			Env:             []string{"PATH=" + defaultPath, "GOMAXPROCS=1", "GOGC=off"},
@@ -66,5 +66,26 @@ func Init(p InitPod) (*specs.Spec, error) {
 	add(specs.PIDNamespace, Namespace{})
 	add(specs.MountNamespace, Namespace{})
 	add(specs.CgroupNamespace, Namespace{Host: !p.Host.CgroupV2})
+	addUser(s, p.UserNS)
 	return s, nil
+}
+
+// initUser is nobody, or, in a user namespace too small for that, the highest
+// user there is.
+func initUser(u *UserNS) specs.User {
+	uid, gid := uint32(initID), uint32(initID)
+	if u != nil {
+		uid, gid = highest(u.UIDs, uid), highest(u.GIDs, gid)
+	}
+	return specs.User{UID: uid, GID: gid, AdditionalGids: []uint32{gid}}
+}
+
+// highest is the highest mapped ID up to limit.
+func highest(list []specs.LinuxIDMapping, limit uint32) (id uint32) {
+	for _, m := range list {
+		if m.Size > 0 && m.ContainerID <= limit {
+			id = max(id, m.ContainerID+min(m.Size-1, limit-m.ContainerID))
+		}
+	}
+	return id
 }

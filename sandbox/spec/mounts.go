@@ -26,7 +26,7 @@ func mountRule(c *Container, s *specs.Spec) error {
 	user := make(map[string]*Mount, len(c.Mounts))
 	for i := range c.Mounts {
 		m := &c.Mounts[i]
-		if err := checkMount(m, c.Host); err != nil {
+		if err := checkMount(m, c); err != nil {
 			return fmt.Errorf("mounts[%d]: %w", i, err)
 		}
 		user[path.Clean(m.Destination)] = m
@@ -50,7 +50,7 @@ func mountRule(c *Container, s *specs.Spec) error {
 
 func depth(p string) int { return strings.Count(path.Clean(p), "/") }
 
-func checkMount(m *Mount, h Host) error {
+func checkMount(m *Mount, c *Container) error {
 	for _, p := range []struct{ field, value string }{{"container_path", m.Destination}, {"host_path", m.Source}} {
 		if !path.IsAbs(p.value) || strings.IndexByte(p.value, 0) >= 0 || len(p.value) >= maxPath {
 			return fmt.Errorf("%w: %s %q: not an absolute path below %d bytes", ErrInvalid, p.field, clip(p.value), maxPath)
@@ -62,13 +62,17 @@ func checkMount(m *Mount, h Host) error {
 	if !slices.Contains([]string{"", "rprivate", "rslave", "rshared"}, m.Propagation) {
 		return fmt.Errorf("%w: propagation %q: want rprivate, rslave or rshared", ErrInvalid, m.Propagation)
 	}
+	if m.Propagation == "rshared" && c.UserNS != nil {
+		// The kernel makes every mount of the host a slave there.
+		return fmt.Errorf("%w: propagation: bidirectional is not possible from a user namespace", ErrInvalid)
+	}
 	if m.RecursiveReadonly {
 		switch {
 		case !m.Readonly:
 			return fmt.Errorf("%w: recursive_read_only true: needs readonly true", ErrInvalid)
 		case m.Propagation != "" && m.Propagation != "rprivate":
 			return fmt.Errorf("%w: recursive_read_only true: needs private propagation, not %s", ErrInvalid, m.Propagation)
-		case !h.RRO:
+		case !c.Host.RRO:
 			return fmt.Errorf("%w: recursive_read_only true: the kernel or the OCI runtime can not do it", ErrInvalid)
 		}
 	}
@@ -97,6 +101,8 @@ func bindMount(m Mount) specs.Mount {
 		Type:        "bind",
 		Source:      m.Source,
 		Options:     append([]string{"rbind", propagation, mode}, m.Options...),
+		UIDMappings: slices.Clone(m.UIDMappings),
+		GIDMappings: slices.Clone(m.GIDMappings),
 	}
 }
 
@@ -144,7 +150,7 @@ func usualMounts(c *Container) []specs.Mount {
 		access = "rw"
 	}
 	cgroup := []string{"nosuid", "noexec", "nodev", "relatime", access}
-	if c.Host.CgroupV2 && c.privileged() {
+	if c.Host.CgroupV2 && c.seesHost() {
 		// In the host's cgroup namespace the mount's options become those
 		// of the one super block that everybody has: repeat the host's.
 		cgroup = append(cgroup, c.Host.CgroupFlags...)
@@ -152,7 +158,7 @@ func usualMounts(c *Container) []specs.Mount {
 	list := []specs.Mount{
 		{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
 		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}},
-		{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
+		{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: ptsOptions(c.UserNS)},
 		{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
 		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", access}},
 		{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: cgroup},
@@ -160,5 +166,48 @@ func usualMounts(c *Container) []specs.Mount {
 	if c.ShmDir == "" {
 		list = append(list, specs.Mount{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=65536k"}})
 	}
+	if c.UserNS == nil {
+		return list
+	}
+	var out []specs.Mount
+	for _, m := range list {
+		if m, ok := asUser(c, m); ok {
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
+// ptsOptions are those of a container's terminals, which belong to the group tty.
+func ptsOptions(u *UserNS) []string {
+	list := []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"}
+	if u == nil || mapped(u.GIDs, ttyGID) {
+		list = append(list, fmt.Sprintf("gid=%d", ttyGID))
+	}
 	return list
+}
+
+// ttyGID is the group tty on every distribution.
+const ttyGID = 5
+
+// asUser changes a mount that the root of a user namespace may not make, because
+// what it shows belongs to a namespace of the host, to one that binds the host's.
+// It returns false if there is none.
+func asUser(c *Container, m specs.Mount) (specs.Mount, bool) {
+	switch {
+	case m.Type == "sysfs" && c.Network.Host:
+		ro := "ro"
+		if c.Host.RRO {
+			ro = "rro"
+		}
+		m.Options = []string{"rbind", "rprivate", "nosuid", "noexec", "nodev", ro}
+	case m.Type == "mqueue" && c.IPC.Host && c.Host.MQueue:
+		m.Options = []string{"rbind", "rprivate", "nosuid", "noexec", "nodev"}
+	case m.Type == "mqueue" && c.IPC.Host:
+		return m, false // queues are there without it, only not to be listed
+	default:
+		return m, true
+	}
+	m.Type, m.Source = "bind", m.Destination
+	return m, true
 }

@@ -26,6 +26,7 @@ package spec
 
 import (
 	"errors"
+	"slices"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -54,6 +55,18 @@ type Namespace struct {
 	Path string
 }
 
+// UserNS is the user namespace that all containers of a pod join: the pinned one
+// at Path, and what it maps, which is what uid_map and gid_map in it say.
+type UserNS struct {
+	Path       string // absolute, on the host
+	UIDs, GIDs []specs.LinuxIDMapping
+}
+
+// mapped tells whether an ID of the container has one on the host.
+func mapped(list []specs.LinuxIDMapping, id uint32) bool {
+	return slices.ContainsFunc(list, func(m specs.LinuxIDMapping) bool { return id >= m.ContainerID && id-m.ContainerID < m.Size })
+}
+
 // Host has the facts about the node that decide what can be promised.
 type Host struct {
 	CgroupV2     bool     // the unified hierarchy has the controllers
@@ -61,6 +74,7 @@ type Host struct {
 	Seccomp      bool     // the kernel filters system calls
 	RRO          bool     // kernel and OCI runtime can make mounts recursively read-only
 	SELinux      bool     // SELinux is on; if not, labels are ignored
+	MQueue       bool     // /dev/mqueue is mounted
 	Swap         bool     // swap is accounted by cgroup
 	HugePages    []string // page sizes with a hugetlb controller, as "2MB", "1GB"
 	Capabilities []string // every capability that can be given, "CAP_" prefixed
@@ -74,6 +88,9 @@ type Mount struct {
 	RecursiveReadonly bool     // needs Readonly, "rprivate" and Host.RRO
 	Propagation       string   // "rprivate", "rslave" or "rshared"; "" is "rprivate"
 	Options           []string // "noexec", "nodev", "nosuid", … , see mountOptions
+	// Owners of files on the source appear as these map them: ContainerID is
+	// on the source, HostID what it is shown as to the host.
+	UIDMappings, GIDMappings []specs.LinuxIDMapping
 }
 
 // Device is a device node to create, with what the container may do to it:
@@ -81,6 +98,7 @@ type Mount struct {
 type Device struct {
 	specs.LinuxDevice
 	Access string
+	Source string // its path on the host
 }
 
 // Container is the input of [Build]. The CRI messages are only read.
@@ -93,6 +111,7 @@ type Container struct {
 	Host      Host
 
 	Network, IPC, UTS, PID Namespace
+	UserNS                 *UserNS // nil is the host's
 
 	CgroupsPath string // as cgroup.OCIPath gives it
 	Rootfs      string // relative to the bundle or absolute; "" is "rootfs"
@@ -124,6 +143,7 @@ type Container struct {
 type InitPod struct {
 	PodID             string
 	Network, IPC, UTS Namespace
+	UserNS            *UserNS // nil is the host's
 	CgroupsPath       string
 	Rootfs            string // relative to the bundle or absolute; "" is "rootfs"
 	Binary            string // host path of the static berth-init; "" if the root file system has it at /berth-init
