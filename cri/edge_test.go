@@ -232,6 +232,12 @@ func TestStatus(t *testing.T) {
 	if len(st.GetStatus().GetConditions()) != 2 || len(st.GetRuntimeHandlers()) != 2 || !st.GetFeatures().GetSupplementalGroupsPolicy() {
 		t.Errorf("status %v", st)
 	}
+	for _, can := range []bool{false, true} {
+		n.userNS = can
+		if st, err := e.Status(t.Context(), &runtime.StatusRequest{}); err != nil || st.GetFeatures().GetUserNamespacesHostNetwork() != can {
+			t.Errorf("a handler with user namespaces %v: features %v, %v", can, st.GetFeatures(), err)
+		}
+	}
 	for _, key := range []string{"cni", "versions", "runtimes", "note"} {
 		if !json.Valid([]byte(st.GetInfo()[key])) {
 			t.Errorf("info %q = %q is not JSON", key, st.GetInfo()[key])

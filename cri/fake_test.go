@@ -33,6 +33,7 @@ type node struct {
 	exec         func(ctx context.Context) (*runtime.ExecSyncResponse, error)
 	pullErr      error
 	runtimeReady error
+	userNS       bool
 	networkReady error
 	driver       string
 	podState     runtime.PodSandboxState
@@ -179,7 +180,7 @@ func (n *node) ReopenLog(_ context.Context, id string) error { return n.haveCont
 func (n *node) RuntimeReady() error { return n.runtimeReady }
 
 func (n *node) RuntimeHandlers() []*runtime.RuntimeHandler {
-	return []*runtime.RuntimeHandler{{Name: ""}, {Name: "runc"}}
+	return []*runtime.RuntimeHandler{{Name: ""}, {Name: "runc", Features: &runtime.RuntimeHandlerFeatures{UserNamespaces: n.userNS}}}
 }
 
 func (n *node) CgroupDriver() string { return n.driver }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	goruntime "runtime"
+	"slices"
 
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/klog/v2"
@@ -27,13 +28,15 @@ func (s *runtimeService) Version(context.Context, *runtime.VersionRequest) (*run
 }
 
 func (s *runtimeService) Status(_ context.Context, r *runtime.StatusRequest) (*runtime.StatusResponse, error) {
+	handlers := s.deps.Node.RuntimeHandlers()
+	userNS := slices.ContainsFunc(handlers, func(h *runtime.RuntimeHandler) bool { return h.GetFeatures().GetUserNamespaces() })
 	resp := &runtime.StatusResponse{
 		Status: &runtime.RuntimeStatus{Conditions: []*runtime.RuntimeCondition{
 			condition(runtime.RuntimeReady, "RuntimeUnusable", s.deps.Node.RuntimeReady()),
 			condition(runtime.NetworkReady, "NetworkPluginNotReady", s.deps.Network.Ready()),
 		}},
-		RuntimeHandlers: s.deps.Node.RuntimeHandlers(),
-		Features:        &runtime.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true},
+		RuntimeHandlers: handlers,
+		Features:        &runtime.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true, UserNamespacesHostNetwork: userNS},
 	}
 	if r.GetVerbose() {
 		resp.Info = s.info()

@@ -139,10 +139,15 @@ func (s *Service) planContainer(ctx context.Context, p *pod, cfg *runtime.Contai
 func (s *Service) planSpec(ctx context.Context, plan *containerPlan) error {
 	p, cfg := plan.pod, plan.config
 	sc := cfg.GetLinux().GetSecurityContext()
-	host := s.host
-	if f, err := plan.rt.now(ctx); err != nil {
+	if err := checkContainerUserNS(p, sc.GetNamespaceOptions()); err != nil {
 		return err
-	} else if !f.recursiveReadOnly() {
+	}
+	host := s.host
+	facts, err := plan.rt.now(ctx)
+	if err != nil {
+		return err
+	}
+	if !facts.recursiveReadOnly() {
 		host.RRO = false
 	}
 	in := spec.Container{ID: plan.row.ID, PodID: p.ID, Pod: p.config, Config: cfg, Host: host,
@@ -150,15 +155,15 @@ func (s *Service) planSpec(ctx context.Context, plan *containerPlan) error {
 			WorkingDir: plan.image.Config.WorkingDir, User: plan.image.Config.User, StopSignal: plan.image.Config.StopSignal},
 		Annotations: s.annotations(plan.rt.handler, p.config, cfg), CgroupsPath: plan.row.CgroupPath, OOMScoreMin: &s.oomFloor,
 		HostsFile: s.podFile(p.ID, fileHosts), ResolvConf: s.podFile(p.ID, fileResolv),
-		HostnameFile: s.podFile(p.ID, fileHostname), ShmDir: s.shmDir(p)}
-	var err error
+		HostnameFile: s.podFile(p.ID, fileHostname), ShmDir: s.shmDir(p), UserNS: s.specUserNS(p)}
 	if in.Hostname, err = hostnameOf(p.config, p.HostNetwork); err != nil {
 		return err
 	}
 	if err := s.namespaces(plan, &in); err != nil {
 		return err
 	}
-	if in.Mounts, err = gatherMounts(cfg.GetMounts(), host); err != nil {
+	ids := mountIDs{able: facts.idMappedMounts(), user: p.userNS, path: s.deps.Pins.Path(p.ID, netns.User)}
+	if in.Mounts, err = gatherMounts(cfg.GetMounts(), ids); err != nil {
 		return err
 	}
 	if in.Devices, err = gatherDevices(cfg.GetDevices(), sc.GetPrivileged()); err != nil {
@@ -301,6 +306,9 @@ func (s *Service) resolveUser(plan *containerPlan) error {
 		return err
 	}
 	u, err := spec.ResolveUser(plan.config.GetLinux().GetSecurityContext(), plan.image.Config.User, passwd, group)
+	if err == nil {
+		err = plan.pod.userNS.checkUser(u)
+	}
 	if err != nil {
 		return err
 	}
@@ -336,7 +344,21 @@ func (s *Service) writeBundle(plan *containerPlan) error {
 	if err := os.Mkdir(s.stateDir(plan.row.ID), 0o700); err != nil {
 		return err
 	}
-	return writeBundle(s.bundleDir(plan.row.ID), sp)
+	return s.makeBundle(plan.row.ID, sp, plan.pod.userNS)
+}
+
+// makeBundle makes the bundle of a container or an init.
+func (s *Service) makeBundle(id string, sp *specs.Spec, u *userNS) error {
+	dir := s.bundleDir(id)
+	if err := writeBundle(dir, sp); err != nil || u == nil {
+		return err
+	}
+	// The way to the root file system, for the runtime once it has joined the
+	// user namespace.
+	if err := os.Chown(dir, 0, int(u.gids.Outside)); err != nil {
+		return err
+	}
+	return errors.Join(os.Chmod(dir, 0o710), s.openRunDir())
 }
 
 func writeBundle(dir string, sp *specs.Spec) error {
@@ -362,11 +384,15 @@ func (s *Service) launch(ctx context.Context, plan *containerPlan) (shim.Launche
 	l.ExitFile, l.LogPath = s.exitFile(plan.row.ID), plan.row.LogPath
 	l.Terminal, l.Stdin, l.StdinOnce = plan.config.GetTty(), plan.config.GetStdin(), plan.config.GetStdinOnce()
 	l.PrivatePID, l.KeepFilter = plan.row.PrivatePID, plan.keepFilter
-	dir, mounts := snapshotter.Compact(labelled(plan.mounts, plan.row.Labels.Mount, l.Bundle))
-	for _, m := range mounts {
-		l.Mounts = append(l.Mounts, shim.Mount{Type: m.Type, Source: m.Source, Options: m.Options, Dir: dir})
+	u := plan.pod.userNS
+	if u != nil {
+		l.UserNS = plan.in.UserNS.Path
 	}
-	volumes, err := volumeMounts(l.Bundle, plan.volumes, plan.row.Labels.Mount)
+	l.RootUID, l.RootGID = u.root()
+	if l.Mounts, err = shimMounts(labelled(plan.mounts, plan.row.Labels.Mount, l.Bundle), "", u); err != nil {
+		return shim.Launched{}, err
+	}
+	volumes, err := volumeMounts(l.Bundle, plan.volumes, plan.row.Labels.Mount, u)
 	if err != nil {
 		return shim.Launched{}, err
 	}

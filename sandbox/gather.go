@@ -40,11 +40,11 @@ const (
 // gatherMounts resolves the mounts of a container. A host path must exist; its
 // symbolic links are followed. Propagation needs a source that takes part in it.
 // The source of an image volume is for makeVolumes to fill in.
-// What is not supported yet is refused by the name of its field, never ignored.
-func gatherMounts(mounts []*runtime.Mount, host spec.Host) ([]spec.Mount, error) {
+// What is not supported is refused by the name of its field, never ignored.
+func gatherMounts(mounts []*runtime.Mount, ids mountIDs) ([]spec.Mount, error) {
 	var out []spec.Mount
 	for i, m := range mounts {
-		s, err := gatherMount(m, host)
+		s, err := gatherMount(m, ids)
 		if err != nil {
 			return nil, fmt.Errorf("mounts[%d] (container_path %.200q): %w", i, m.GetContainerPath(), err)
 		}
@@ -53,23 +53,23 @@ func gatherMounts(mounts []*runtime.Mount, host spec.Host) ([]spec.Mount, error)
 	return out, nil
 }
 
-func gatherMount(m *runtime.Mount, host spec.Host) (spec.Mount, error) {
+func gatherMount(m *runtime.Mount, ids mountIDs) (spec.Mount, error) {
 	s := spec.Mount{Destination: m.GetContainerPath(), Readonly: m.GetReadonly(), RecursiveReadonly: m.GetRecursiveReadOnly(), Options: m.GetMountOptions()}
-	unsupported := func(field string) error { return fmt.Errorf("%w: %s: not supported", ErrInvalid, field) }
 	switch {
 	case isVolume(m):
 		s.Propagation = "rprivate"
-		return s, nil
+		return s, ids.image(m)
 	case m.GetImageSubPath() != "":
 		return s, fmt.Errorf("%w: image_sub_path %.200q: only for an image", ErrInvalid, m.GetImageSubPath())
-	case len(m.GetUidMappings()) > 0 || len(m.GetGidMappings()) > 0:
-		return s, unsupported("uidMappings, gidMappings")
 	case !filepath.IsAbs(m.GetHostPath()):
 		return s, fmt.Errorf("%w: host_path %.200q: not an absolute path", ErrInvalid, m.GetHostPath())
 	}
 	var err error
 	if s.Source, err = filepath.EvalSymlinks(m.HostPath); err != nil {
 		return s, fmt.Errorf("%w: host_path %.200q: %w", ErrInvalid, m.HostPath, err)
+	}
+	if err := ids.gather(m, &s); err != nil {
+		return s, err
 	}
 	switch m.GetPropagation() {
 	case runtime.MountPropagation_PROPAGATION_PRIVATE:
@@ -191,6 +191,7 @@ func gatherDevice(d *runtime.Device) ([]spec.Device, error) {
 	if !ok {
 		return nil, fmt.Errorf("%w: host_path %.200q: neither a device node nor a directory", ErrInvalid, d.HostPath)
 	}
+	dev.Source = source
 	return []spec.Device{dev}, nil
 }
 
@@ -224,6 +225,7 @@ func devicesBelow(dir, inside, access string, usual bool) ([]spec.Device, error)
 			return nil // unplugged meanwhile
 		}
 		if d, ok := deviceOf(&st, path.Join(inside, rel), access); ok {
+			d.Source = p
 			out = append(out, d)
 		}
 		return nil
@@ -364,6 +366,8 @@ func hostFacts(h cgroup.Hierarchy) (spec.Host, error) {
 	f.Seccomp = errors.Is(err, unix.EFAULT) || errors.Is(err, unix.EACCES)
 	f.RRO = !errors.Is(unix.MountSetattr(-1, "", unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}), unix.ENOSYS)
 	f.SELinux = selinux.GetEnabled()
+	var st unix.Statfs_t
+	f.MQueue = unix.Statfs("/dev/mqueue", &st) == nil && st.Type == mqueueMagic
 	if h.Has("hugetlb") {
 		f.HugePages = hugePageSizes("/sys/kernel/mm/hugepages")
 	}
@@ -378,6 +382,9 @@ func hostFacts(h cgroup.Hierarchy) (spec.Host, error) {
 	}
 	return f, nil
 }
+
+// mqueueMagic is MQUEUE_MAGIC in the kernel's ipc/mqueue.c.
+const mqueueMagic = 0x19800202
 
 // hugePageSizes lists a directory of hugepages-2048kB and the like in the form of
 // the control files, "2MB".
@@ -495,9 +502,9 @@ func checkSysctl(name, value string, hostNet, hostIPC bool) error {
 }
 
 // applySysctls sets sysctls in the namespaces of the calling thread, which must be
-// the pod's. A parameter that this kernel does not have in a namespace of its own
-// is an error.
-func applySysctls(list []sysctl) error {
+// the pod's and belong to u, if it has one. A parameter that this kernel does not
+// have in a namespace of its own is an error.
+func applySysctls(list []sysctl, u *userNS) error {
 	if len(list) == 0 {
 		return nil
 	}
@@ -507,7 +514,12 @@ func applySysctls(list []sysctl) error {
 	}
 	defer unix.Close(root)
 	for _, s := range list {
-		if err := writeSysctl(root, s); err != nil {
+		err := writeSysctl(root, s)
+		if u != nil && (errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM)) {
+			// Newer kernels let only its owner change an IPC namespace.
+			err = u.asRoot(func() error { return writeSysctl(root, s) })
+		}
+		if err != nil {
 			return fmt.Errorf("%w: linux.sysctls[%.200q]: %.200q: %w", ErrInvalid, strings.ReplaceAll(s.name, "/", "."), s.value, err)
 		}
 	}

@@ -52,7 +52,7 @@ func TestGatherMounts(t *testing.T) {
 	link := mustSymlink(t, "real/file", filepath.Join(dir, "link"))
 	got, err := gatherMounts([]*runtime.Mount{{
 		HostPath: link, ContainerPath: "/c", Readonly: true, RecursiveReadOnly: true, SelinuxRelabel: true, MountOptions: []string{"noexec"},
-	}}, spec.Host{})
+	}}, mountIDs{})
 	if err != nil || len(got) != 1 {
 		t.Fatalf("got %+v, %v", got, err)
 	}
@@ -71,7 +71,7 @@ func TestGatherMounts(t *testing.T) {
 		"loop":        {&runtime.Mount{ContainerPath: "/x", HostPath: mustSymlink(t, "loop", filepath.Join(dir, "loop"))}, "host_path"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := gatherMounts([]*runtime.Mount{tt.m}, spec.Host{})
+			_, err := gatherMounts([]*runtime.Mount{tt.m}, mountIDs{})
 			wantInvalid(t, err, tt.err)
 		})
 	}
@@ -122,7 +122,7 @@ func TestGatherPropagation(t *testing.T) {
 		{slave, fromHost, "rslave", ""},
 		{slave, bothSides, "", "needs a shared mount"},
 	} {
-		got, err := gatherMounts([]*runtime.Mount{{HostPath: tt.dir, ContainerPath: "/x", Propagation: tt.p}}, spec.Host{})
+		got, err := gatherMounts([]*runtime.Mount{{HostPath: tt.dir, ContainerPath: "/x", Propagation: tt.p}}, mountIDs{})
 		switch {
 		case tt.err != "":
 			wantInvalid(t, err, tt.err)
@@ -434,9 +434,9 @@ func TestApplySysctls(t *testing.T) {
 			inside <- ""
 			return
 		}
-		errs <- applySysctls([]sysctl{{"net/ipv4/ip_forward", flip}, {"kernel/msgmax", "4321"}, {"fs/mqueue/msg_max", "17"}})
-		errs <- applySysctls([]sysctl{{"net/ipv4/no_such_thing", "1"}})
-		errs <- applySysctls([]sysctl{{"../sys/kernel/msgmax", "1"}})
+		errs <- applySysctls([]sysctl{{"net/ipv4/ip_forward", flip}, {"kernel/msgmax", "4321"}, {"fs/mqueue/msg_max", "17"}}, nil)
+		errs <- applySysctls([]sysctl{{"net/ipv4/no_such_thing", "1"}}, nil)
+		errs <- applySysctls([]sysctl{{"../sys/kernel/msgmax", "1"}}, nil)
 		var all []string
 		for _, name := range []string{file, "/proc/sys/kernel/msgmax", "/proc/sys/fs/mqueue/msg_max"} {
 			b, err := os.ReadFile(name)

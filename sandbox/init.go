@@ -156,12 +156,12 @@ func (s *Service) writeInitBundle(p *pod) error {
 		return spec.Namespace{Path: s.deps.Pins.Path(p.ID, k)}
 	}
 	sp, err := spec.Init(spec.InitPod{PodID: p.ID, CgroupsPath: path, Rootfs: s.initDir, Arch: initArch, Host: s.host,
-		Network: pin(p.HostNetwork, netns.Net), UTS: pin(p.HostNetwork, netns.UTS), IPC: pin(p.hostIPC(), netns.IPC),
+		Network: pin(p.HostNetwork, netns.Net), UTS: pin(p.HostNetwork, netns.UTS), IPC: pin(p.hostIPC(), netns.IPC), UserNS: s.specUserNS(p),
 		Annotations: s.annotations(s.runtimeOfPod(p).handler, p.config, nil), OOMScoreAdj: -998, OOMScoreMin: &s.oomFloor})
 	if err != nil {
 		return err
 	}
-	return writeBundle(s.bundleDir(p.ID), sp)
+	return s.makeBundle(p.ID, sp, p.userNS)
 }
 
 func (s *Service) launchInit(ctx context.Context, p *pod, rt ociRuntime) (shim.Launched, error) {

@@ -205,9 +205,10 @@ func (s *Service) RuntimeHandlers() []*runtime.RuntimeHandler {
 		if err != nil {
 			continue
 		}
-		f, _ := r.verdict()
+		f, err := r.verdict()
 		out = append(out, &runtime.RuntimeHandler{Name: name, Features: &runtime.RuntimeHandlerFeatures{
-			RecursiveReadOnlyMounts: s.host.RRO && f.recursiveReadOnly()}})
+			RecursiveReadOnlyMounts: s.host.RRO && f.recursiveReadOnly(),
+			UserNamespaces:          err == nil && s.canUserNS(f) == nil}})
 	}
 	return out
 }
@@ -222,7 +223,7 @@ func (s *Service) podInfo(p *pod) (map[string]string, error) {
 
 func (s *Service) pinPaths(p *pod) map[string]string {
 	out := map[string]string{}
-	for _, k := range []string{"net", "ipc", "uts", "pid"} {
+	for _, k := range []string{"net", "ipc", "uts", "pid", "user"} {
 		if path := s.deps.Pins.Path(p.ID, netns.Kind(k)); exists(path) {
 			out[k] = path
 		}

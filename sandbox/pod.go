@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -30,7 +31,7 @@ const maxConfig = 4 << 20
 // RunPod makes a pod and returns its ID. A pod of the same name, namespace, UID
 // and attempt that is ready is the result; one that is being made is joined.
 func (s *Service) RunPod(ctx context.Context, cfg *runtime.PodSandboxConfig, handler string) (string, error) {
-	plan, err := s.planPod(cfg, handler)
+	plan, err := s.planPod(ctx, cfg, handler)
 	if err != nil {
 		return "", err
 	}
@@ -50,10 +51,11 @@ type podPlan struct {
 	hostname string
 	sysctls  []sysctl
 	kinds    []netns.Kind
+	userNS   *userNS
 }
 
 // planPod checks what can be checked before anything is done.
-func (s *Service) planPod(cfg *runtime.PodSandboxConfig, handler string) (podPlan, error) {
+func (s *Service) planPod(ctx context.Context, cfg *runtime.PodSandboxConfig, handler string) (podPlan, error) {
 	var plan podPlan
 	m := cfg.GetMetadata()
 	if m.GetName() == "" || m.GetNamespace() == "" || m.GetUid() == "" {
@@ -66,13 +68,13 @@ func (s *Service) planPod(cfg *runtime.PodSandboxConfig, handler string) (podPla
 	ns := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	hostNet := ns.GetNetwork() == runtime.NamespaceMode_NODE
 	hostIPC := ns.GetIpc() == runtime.NamespaceMode_NODE
-	if u := ns.GetUsernsOptions(); u != nil && u.GetMode() != runtime.NamespaceMode_NODE {
-		return plan, fmt.Errorf("%w: linux.security_context.namespace_options.userns_options.mode: %v: only NODE is supported by handler %q", ErrInvalid, u.GetMode(), handler)
+	if plan.userNS, err = s.planUserNS(ctx, cfg, rt); err != nil {
+		return plan, err
 	}
 	if plan.hostname, err = hostnameOf(cfg, hostNet); err != nil {
 		return plan, err
 	}
-	if plan.sysctls, err = s.podSysctls(cfg, hostNet, hostIPC); err != nil {
+	if plan.sysctls, err = s.podSysctls(cfg, hostNet, hostIPC, plan.userNS); err != nil {
 		return plan, err
 	}
 	if _, err := resolvConf(cfg.GetDnsConfig()); err != nil {
@@ -102,7 +104,7 @@ func (s *Service) planPod(cfg *runtime.PodSandboxConfig, handler string) (podPla
 
 // podSysctls are the sysctls asked for, and the node's defaults for pods with a
 // network of their own.
-func (s *Service) podSysctls(cfg *runtime.PodSandboxConfig, hostNet, hostIPC bool) ([]sysctl, error) {
+func (s *Service) podSysctls(cfg *runtime.PodSandboxConfig, hostNet, hostIPC bool, u *userNS) ([]sysctl, error) {
 	asked := cfg.GetLinux().GetSysctls()
 	all := map[string]string{}
 	if !hostNet {
@@ -111,13 +113,20 @@ func (s *Service) podSysctls(cfg *runtime.PodSandboxConfig, hostNet, hostIPC boo
 		}
 		if s.cfg.UnprivilegedICMP {
 			all["net.ipv4.ping_group_range"] = "0 2147483647"
+			if u != nil {
+				all["net.ipv4.ping_group_range"] = fmt.Sprintf("0 %d", min(u.gids.Length-1, math.MaxInt32))
+			}
 		}
 	}
 	for k, v := range asked {
 		delete(all, strings.ReplaceAll(k, "/", ".")) // the pod's own wins in either form
 		all[k] = v
 	}
-	return parseSysctls(all, hostNet, hostIPC)
+	list, err := parseSysctls(all, hostNet, hostIPC)
+	if err != nil {
+		return nil, err
+	}
+	return list, u.hostSysctls(list)
 }
 
 func (s *Service) readyPod(key string) *pod {
@@ -222,10 +231,7 @@ func missing(dirs []string) []string {
 
 // makeNamespaces pins the pod's namespaces and sets what belongs to them.
 func (s *Service) makeNamespaces(ctx context.Context, p *pod, plan podPlan) error {
-	if len(plan.kinds) == 0 {
-		return nil
-	}
-	return s.deps.Pins.Create(ctx, p.ID, plan.kinds, func() error {
+	setup := func() error {
 		if !p.HostNetwork {
 			if err := netns.LoopbackUp(); err != nil {
 				return err
@@ -234,8 +240,15 @@ func (s *Service) makeNamespaces(ctx context.Context, p *pod, plan podPlan) erro
 				return fmt.Errorf("hostname %q: %w", plan.hostname, err)
 			}
 		}
-		return applySysctls(plan.sysctls)
-	})
+		return applySysctls(plan.sysctls, plan.userNS)
+	}
+	switch {
+	case plan.userNS != nil:
+		return s.deps.Pins.CreateIn(ctx, p.ID, s.userSpec(plan.userNS), plan.kinds, setup)
+	case len(plan.kinds) == 0:
+		return nil
+	}
+	return s.deps.Pins.Create(ctx, p.ID, plan.kinds, setup)
 }
 
 // attach connects the pod to its networks. That it is going to is in the book

@@ -53,13 +53,10 @@ func (s *Service) makePodFiles(p *pod, hostname string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(s.podFile(p.ID, fileResolv), resolv, 0o644); err != nil {
+	if err := s.writePodFile(p, fileResolv, resolv); err != nil {
 		return err
 	}
-	if err := os.WriteFile(s.podFile(p.ID, fileHostname), []byte(hostname+"\n"), 0o644); err != nil {
-		return err
-	}
-	if err := labelFiles(p.Labels.Mount, s.podFile(p.ID, fileResolv), s.podFile(p.ID, fileHostname)); err != nil {
+	if err := s.writePodFile(p, fileHostname, []byte(hostname+"\n")); err != nil {
 		return err
 	}
 	if p.hostIPC() {
@@ -69,11 +66,27 @@ func (s *Service) makePodFiles(p *pod, hostname string) error {
 	if err := os.Mkdir(shm, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	opts := labelOption(fmt.Sprintf("mode=1777,size=%d", shmSize), p.Labels.Mount)
+	opts := fmt.Sprintf("mode=1777,size=%d", shmSize)
+	if uid, gid := p.userNS.root(); uid != 0 {
+		opts += fmt.Sprintf(",uid=%d,gid=%d", uid, gid)
+	}
+	opts = labelOption(opts, p.Labels.Mount)
 	if err := unix.Mount("shm", shm, "tmpfs", unix.MS_NOEXEC|unix.MS_NOSUID|unix.MS_NODEV, opts); err != nil {
 		return fmt.Errorf("mount %s: %w", shm, err)
 	}
 	return nil
+}
+
+// writePodFile writes a file for the pod's containers, whose root may change it.
+func (s *Service) writePodFile(p *pod, name string, text []byte) error {
+	path := s.podFile(p.ID, name)
+	if err := os.WriteFile(path, text, 0o644); err != nil {
+		return err
+	}
+	if err := p.userNS.own(path); err != nil {
+		return err
+	}
+	return labelFiles(p.Labels.Mount, path)
 }
 
 // removePodFiles removes the pod's directory and what is mounted in it.
@@ -109,10 +122,7 @@ func (s *Service) writeHosts(p *pod, hostname string) error {
 		}
 		text = []byte(b.String())
 	}
-	if err := os.WriteFile(s.podFile(p.ID, fileHosts), text, 0o644); err != nil {
-		return err
-	}
-	return labelFiles(p.Labels.Mount, s.podFile(p.ID, fileHosts))
+	return s.writePodFile(p, fileHosts, text)
 }
 
 // resolvConf renders a DNSConfig in the form of resolv.conf(5); without one the

@@ -269,6 +269,9 @@ func (s *Service) pinned(p *pod) bool {
 	if !p.hostIPC() {
 		kinds = append(kinds, netns.IPC)
 	}
+	if p.userNS != nil {
+		kinds = append(kinds, netns.User)
+	}
 	for _, k := range kinds {
 		if !s.deps.Pins.Pinned(p.ID, k) {
 			return false

@@ -106,6 +106,7 @@ var (
 type pod struct {
 	podRow
 	config *runtime.PodSandboxConfig
+	userNS *userNS // nil is the node's
 }
 
 // container is a row as readers see it. It never changes.
@@ -130,6 +131,14 @@ func (p *pod) hostIPC() bool {
 func decodePod(r podRow) (*pod, error) {
 	p := &pod{podRow: r, config: new(runtime.PodSandboxConfig)}
 	if err := proto.Unmarshal(r.Config, p.config); err != nil {
+		return nil, fmt.Errorf("pod %s: config: %w", r.ID, err)
+	}
+	u := p.config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions()
+	if u == nil || u.GetMode() == runtime.NamespaceMode_NODE {
+		return p, nil
+	}
+	var err error
+	if p.userNS, err = userNSOf(u); err != nil {
 		return nil, fmt.Errorf("pod %s: config: %w", r.ID, err)
 	}
 	return p, nil

@@ -31,6 +31,7 @@ type Service struct {
 	oomFloor int
 	initDir  string // root file system of the pods' init containers
 	appArmor *appArmor
+	userNS   userNSSupport
 	cdi      *cdi.Cache // nil when it is off
 	stats    *statsCache
 	forwards *forwards
@@ -79,8 +80,14 @@ func New(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 
 // prepare makes the directories and looks at the machine.
 func (s *Service) prepare() error {
-	if err := os.RemoveAll(s.consoleDir()); err != nil { // of a daemon that was killed
+	probes, err := filepath.Glob(filepath.Join(s.cfg.StateDir, "probe-*"))
+	if err != nil {
 		return err
+	}
+	for _, d := range append(probes, s.consoleDir()) { // of a daemon that was killed
+		if err := os.RemoveAll(d); err != nil {
+			return err
+		}
 	}
 	for _, d := range []string{
 		filepath.Join(s.cfg.StateDir, "containers"), s.cfg.RunDir, s.consoleDir(),
@@ -101,7 +108,6 @@ func (s *Service) prepare() error {
 		s.runtimes[name] = ociRuntime{prober: newProber(s.ctx, name, r.Path), root: root, driver: cmp.Or(r.CgroupDriver, s.cfg.CgroupDriver)}
 		s.runtimes[name].refresh()
 	}
-	var err error
 	if s.hier, err = cgroup.Detect(); err != nil {
 		return err
 	}

@@ -22,8 +22,9 @@ type outStream struct {
 	to io.WriteCloser
 }
 
-// openStdio makes a pipe for each stream that is wanted; the rest is /dev/null.
-func openStdio(st Streams) (p *stdio, err error) {
+// openStdio makes a pipe for each stream that is wanted, which belongs to the root
+// of the user namespace; the rest is /dev/null.
+func openStdio(st Streams, u *userNS) (p *stdio, err error) {
 	p = &stdio{}
 	defer func() {
 		if err != nil {
@@ -39,6 +40,7 @@ func openStdio(st Streams) (p *stdio, err error) {
 		p.theirs[0], err = os.Open(os.DevNull)
 	} else {
 		p.theirs[0], p.in, err = pipeTo()
+		err = ownPipe(p.in, u, err)
 	}
 	if err != nil {
 		return p, err
@@ -51,12 +53,21 @@ func openStdio(st Streams) (p *stdio, err error) {
 			if r, p.theirs[i+1], err = pipeFrom(); err == nil {
 				p.outs = append(p.outs, &outStream{r, to})
 			}
+			err = ownPipe(p.theirs[i+1], u, err)
 		}
 		if err != nil {
 			return p, err
 		}
 	}
 	return p, nil
+}
+
+// ownPipe gives a pipe that was made without an error to the root of u.
+func ownPipe(f *os.File, u *userNS, err error) error {
+	if uid, gid := u.root(); err == nil && uid != 0 {
+		err = f.Chown(int(uid), int(gid))
+	}
+	return err
 }
 
 // close ends all of this daemon's ends. It may be called again.

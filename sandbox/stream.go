@@ -84,7 +84,7 @@ func (s *Service) execPipes(ctx context.Context, client *shim.Client, c *contain
 	if err != nil {
 		return 0, err
 	}
-	p, err := openStdio(st)
+	p, err := openStdio(st, s.userNSOfPod(c.PodID))
 	if err != nil {
 		return 0, err
 	}

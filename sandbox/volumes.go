@@ -175,17 +175,18 @@ func resolveIn(root *os.File, name string) (string, error) {
 
 // volumeMounts makes the mount points of a container's image volumes in its
 // bundle and returns what the shim is to mount there.
-func volumeMounts(bundle string, volumes []imageVolume, mountLabel string) ([]shim.Mount, error) {
+func volumeMounts(bundle string, volumes []imageVolume, mountLabel string, u *userNS) ([]shim.Mount, error) {
 	var out []shim.Mount
 	for _, v := range volumes {
 		target := volumeTarget(v.mount)
 		if err := os.Mkdir(filepath.Join(bundle, target), 0o755); err != nil {
 			return nil, err
 		}
-		dir, mounts := snapshotter.Compact(labelled(v.mounts, mountLabel, bundle))
-		for _, m := range mounts {
-			out = append(out, shim.Mount{Type: m.Type, Source: m.Source, Options: m.Options, Dir: dir, Target: target})
+		mounts, err := shimMounts(labelled(v.mounts, mountLabel, bundle), target, u)
+		if err != nil {
+			return nil, err
 		}
+		out = append(out, mounts...)
 	}
 	return out, nil
 }

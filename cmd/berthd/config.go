@@ -77,7 +77,7 @@ func (c *config) fields() []*field {
 		path(&c.StateDir, "state_dir", "/var/lib/berth",
 			"Directory of what survives a reboot: the book, image layers, writable layers. Made with mode 0700. Put it on a local ext4 or xfs file system."),
 		path(&c.RunDir, "run_dir", "/run/berth",
-			"Directory of what does not: sockets, bundles, pinned namespaces. Made with mode 0700.").bytes(maxRunDir),
+			"Directory of what does not: sockets, bundles, pinned namespaces. Made with mode 0700, and opened to passing through, 0711, by the first container in a user namespace, for which the directories above it have to be open, too.").bytes(maxRunDir),
 		path(&c.Socket, "socket", "",
 			`Unix socket of the CRI, mode 0600. "" means berth.sock in run_dir.`).bytes(maxSocket).optional(),
 		integer(&c.LogLevel, "log_level", 2, 0, 10,

@@ -210,14 +210,15 @@ func TestEmptyIDs(t *testing.T) {
 	}
 }
 
-// TestSocketIsPrivate: the socket means root on the machine.
+// TestSocketIsPrivate: the socket means root on the machine. The run directory may
+// be passed through, but not looked into, once there are pods with user namespaces.
 func TestSocketIsPrivate(t *testing.T) {
 	b := open(t)
 	b.ours()
 	for path, want := range map[string]os.FileMode{b.node.Socket: 0o600, b.node.RunDir: 0o700, b.node.StateDir: 0o700} {
 		st, err := os.Stat(path)
 		b.must(err)
-		if got := st.Mode().Perm(); got != want {
+		if got := st.Mode().Perm(); got != want && !(path == b.node.RunDir && got == 0o711) {
 			t.Errorf("%s has mode %04o, want %04o", path, got, want)
 		}
 	}
