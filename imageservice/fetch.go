@@ -254,9 +254,9 @@ func (b *blobReader) fail(err error) error {
 		err = fmt.Errorf("%d bytes in %s: %w: %w", got, waited.Round(time.Millisecond), ErrRegistryUnavailable, ErrStalled)
 		from.bad.Add(1)
 	} else {
-		err = classify(err)
+		err = fromNetwork(b.ctx, err)
 		var again bool
-		if after, again = retryable(err); again || !isClassified(err) {
+		if after, again = retryable(err); again {
 			from.bad.Add(1)
 		} else {
 			b.refused[from] = true

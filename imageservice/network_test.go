@@ -303,6 +303,7 @@ func TestStatusSequences(t *testing.T) {
 		{"503 and 504 at a blob", isLayer, nil, []int{503, 504}, nil, 0, 6},
 		{"429 with Retry-After at the manifest", isManifest, later, []int{429}, nil, 950 * time.Millisecond, 2},
 		{"429 with Retry-After at a blob", isLayer, later, []int{429, 429}, nil, 950 * time.Millisecond, 6},
+		{"429 for longer than silence may last", isManifest, http.Header{"Retry-After": {"3"}}, []int{429}, nil, 2900 * time.Millisecond, 2},
 		{"429 for an hour", isManifest, http.Header{"Retry-After": {"3600"}}, []int{429, 429}, ErrRegistryUnavailable, 0, 1},
 		{"500 for ever", isManifest, nil, []int{500, 500, 500, 500, 500, 500, 500, 500, 500}, ErrRegistryUnavailable, 0, 5},
 		{"500 for ever at blobs", isLayer, nil, []int{500, 500, 500, 500, 500, 500, 500, 500, 500, 500, 500}, ErrRegistryUnavailable, 0, 5},
@@ -314,7 +315,7 @@ func TestStatusSequences(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			n := newNode(t)
+			n := newNode(t, func(c *Config) { c.StallTimeout = 2 * time.Second })
 			img := big(t, 1)
 			n.reg.Push("r", "v1", img)
 			m := mirrorOf(n, sequence(tc.match, tc.header, tc.statuses...))
@@ -509,6 +510,42 @@ func TestSlowDisk(t *testing.T) {
 	}
 	if gets := n.layerGets(img); gets != 1 {
 		t.Errorf("%d connections", gets)
+	}
+}
+
+// TestBrokenHTTP2: what happens to one stream of a connection does not look like a network
+// error, and is one.
+func TestBrokenHTTP2(t *testing.T) {
+	n := newNode(t)
+	img := big(t, 1)
+	n.reg.Push("r", "v1", img)
+	var drops, left atomic.Int64
+	left.Store(2)
+	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		if q.ProtoMajor != 2 {
+			t.Errorf("protocol %s", q.Proto)
+		}
+		if strings.HasSuffix(q.URL.Path, img.Layers[0].Digest) && left.Add(-1) >= 0 {
+			drops.Add(1)
+			w = &limited{ResponseWriter: w, left: 700_000}
+		}
+		n.reg.ServeHTTP(w, q)
+	}))
+	srv.EnableHTTP2 = true
+	srv.StartTLS()
+	defer srv.Close()
+	ref := strings.TrimPrefix(srv.URL, "https://") + "/r:v1"
+	got := n.mustPull(ref)
+	if b, _, err := n.readIn(got, "f1"); err != nil || b != string(noise(3<<20, 1)) || drops.Load() != 2 {
+		t.Errorf("contents differ: %d bytes, %v, after %d drops", len(b), err, drops.Load())
+	}
+	if err := n.Remove(context.Background(), ref); err != nil {
+		t.Fatal(err)
+	}
+	left.Store(1000)
+	srv.Config.Handler = http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
+	if _, err := n.Pull(context.Background(), ref, nil); !errors.Is(err, ErrRegistryUnavailable) {
+		t.Errorf("broken for ever: %v", err)
 	}
 }
 

@@ -90,20 +90,19 @@ func (src *source) distrust(blob string, senders ...*remote) bool {
 
 // ask puts a question to one remote after the other until one answers, and again, after
 // a while, to those that may answer otherwise then. One that says no is not asked twice.
+// What is waited for, as a server wishes it, is not silence; that is bounded by StallTimeout
+// for one remote, and by half of it for each of several.
 func (src *source) ask(ctx context.Context, remotes []*remote, what func(context.Context, *remote) error) error {
 	if len(remotes) == 0 {
 		return fmt.Errorf("no endpoint with the capability: %w", ErrRegistryUnavailable)
 	}
-	patience := src.cfg.StallTimeout / 2
-	ctx, stop := context.WithTimeoutCause(ctx, patience*time.Duration(max(2, len(remotes))),
-		fmt.Errorf("no answer: %w: %w", ErrRegistryUnavailable, ErrStalled))
-	defer stop()
 	said := answers{}
+	stalls, mostStalls := 0, max(2, len(remotes))
 	for round := 0; ; round++ {
 		var again []*remote
 		var wait time.Duration
 		for _, r := range remotes {
-			err := attempt(ctx, patience, r, what)
+			err := src.attempt(ctx, r, what)
 			if err == nil {
 				r.bad.Store(0)
 				return nil
@@ -112,7 +111,10 @@ func (src *source) ask(ctx context.Context, remotes []*remote, what func(context
 			if src.notice != nil {
 				src.notice(r.Host + ": " + err.Error())
 			}
-			if ctx.Err() != nil {
+			if errors.Is(err, ErrStalled) {
+				stalls++
+			}
+			if ctx.Err() != nil || stalls >= mostStalls {
 				return said.error()
 			}
 			if after, ok := retryable(err); ok {
@@ -123,21 +125,27 @@ func (src *source) ask(ctx context.Context, remotes []*remote, what func(context
 		if remotes = again; len(remotes) == 0 || round+1 >= src.cfg.Retries {
 			return said.error()
 		}
-		wait = max(wait, backoff(round))
-		if end, ok := ctx.Deadline(); ok && time.Until(end) < wait {
-			return said.error() // who asks for more patience than there is gets none
-		}
-		if err := pause(ctx, wait); err != nil {
+		if err := pause(ctx, max(wait, backoff(round))); err != nil {
 			return said.error()
 		}
 	}
 }
 
 // attempt bounds one question to one remote, so that one that hangs leaves time for others.
-func attempt(ctx context.Context, patience time.Duration, r *remote, what func(context.Context, *remote) error) error {
+func (src *source) attempt(ctx context.Context, r *remote, what func(context.Context, *remote) error) error {
+	patience := src.cfg.StallTimeout / 2
 	ctx, stop := context.WithTimeoutCause(ctx, patience, fmt.Errorf("no answer within %s: %w: %w", patience, ErrRegistryUnavailable, ErrStalled))
 	defer stop()
-	return classify(because(ctx, what(ctx, r)))
+	return fromNetwork(ctx, because(ctx, what(ctx, r)))
+}
+
+// fromNetwork is classify for what can only be the network's: HTTP/2 has errors of its own,
+// which are not net.Errors.
+func fromNetwork(ctx context.Context, err error) error {
+	if err = classify(err); err != nil && !isClassified(err) && ctx.Err() == nil {
+		return mark(ErrRegistryUnavailable, err)
+	}
+	return err
 }
 
 // answers are the errors of several remotes; the last remote of the configuration is the
