@@ -23,12 +23,33 @@ func adapt(c *config) error {
 		return fmt.Errorf("berthd has to run as root, not as user %d: it makes namespaces, mounts and cgroups", uid)
 	}
 	syscall.Umask(0o022)
+	if err := keepDescriptors(); err != nil {
+		return err
+	}
 	for _, d := range []struct{ key, dir string }{{"state_dir", c.StateDir}, {"run_dir", c.RunDir}} {
-		if err := makePrivate(d.dir); err != nil {
+		if err := errors.Join(makePrivate(d.dir), tighten(d.dir)); err != nil {
 			return c.wrong(d.key, "%q: %w", d.dir, err)
 		}
 	}
 	return os.MkdirAll(filepath.Dir(c.Socket), 0o755)
+}
+
+// keepDescriptors makes sure that no program that this process starts gets what
+// this process was started with: Go marks what it opens itself, and nothing else.
+func keepDescriptors() error {
+	if unix.CloseRange(3, ^uint(0)>>32, unix.CLOSE_RANGE_CLOEXEC) == nil {
+		return nil
+	}
+	entries, err := os.ReadDir("/proc/self/fd") // before Linux 5.11
+	if err != nil {
+		return fmt.Errorf("descriptors: %w", err)
+	}
+	for _, e := range entries {
+		if fd, err := strconv.Atoi(e.Name()); err == nil && fd > 2 {
+			unix.CloseOnExec(fd)
+		}
+	}
+	return nil
 }
 
 // makePrivate makes a directory that only root may enter, or makes it so.
@@ -57,6 +78,37 @@ func makePrivate(dir string) error {
 		return nil
 	}
 	return unix.Fchmod(fd, 0o700)
+}
+
+// tighten takes away what others may do with the entries of a private directory:
+// the directories, sockets and files that berth makes there are root's alone. They
+// are behind that directory's own mode, so this is for the day on which somebody
+// opens it. What belongs to somebody else is refused. Links are left: an
+// administrator may have put layers on another disk.
+func tighten(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); errors.Is(err, unix.ENOENT) {
+			continue
+		} else if err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		if st.Uid != 0 {
+			return fmt.Errorf("%s belongs to user %d, want root", path, st.Uid)
+		}
+		if st.Mode&unix.S_IFMT == unix.S_IFLNK || st.Mode&0o077 == 0 {
+			continue
+		}
+		if err := unix.Fchmodat(unix.AT_FDCWD, path, st.Mode&0o700, 0); err != nil {
+			return fmt.Errorf("%s: mode: %w", path, err)
+		}
+	}
+	return nil
 }
 
 // lockTimeout is how long lockDir waits for a daemon that is ending.

@@ -196,19 +196,23 @@ func (n *Node) Rows() ([]string, error) {
 	defer db.Close()
 	var rows []string
 	err = db.View(func(tx *bbolt.Tx) error {
-		return tx.ForEach(func(table []byte, b *bbolt.Bucket) error {
-			if string(table) == "meta" {
-				return nil
-			}
-			return b.ForEach(func(k, v []byte) error {
-				if v != nil {
-					rows = append(rows, fmt.Sprintf("row: %s/%s", table, k))
-				}
-				return nil
-			})
-		})
+		return tx.ForEach(func(name []byte, b *bbolt.Bucket) error { return rowsOf(&rows, string(name), b) })
 	})
 	return rows, err
+}
+
+// rowsOf appends the rows of a bucket and of those in it.
+func rowsOf(rows *[]string, path string, b *bbolt.Bucket) error {
+	return b.ForEach(func(k, v []byte) error {
+		name := path + "/" + string(k)
+		if v == nil {
+			return rowsOf(rows, name, b.Bucket(k))
+		}
+		if filepath.Base(path) != "meta" {
+			*rows = append(*rows, fmt.Sprintf("row: %q", name))
+		}
+		return nil
+	})
 }
 
 // Clean removes all pods, then looks for whatever else is left since before,
