@@ -59,7 +59,7 @@ type soak struct {
 // runtimes are killed at random. Each answer is held against a sequential model.
 // Then, without kills, berthd and the machine must not have grown.
 func TestSoak(t *testing.T) {
-	length := 20 * time.Second
+	length := 10 * time.Second
 	if s := os.Getenv(soakEnv); s != "" {
 		d, err := time.ParseDuration(s)
 		if err != nil || d < 5*time.Second {
@@ -72,7 +72,7 @@ func TestSoak(t *testing.T) {
 	s := &soak{history: newHistory(), seed: uint64(time.Now().UnixNano()), kills: map[string]int{}}
 	s.rig = newSoakNode(t, opts)
 	t.Logf("%v, seed %d", length, s.seed)
-	calm := max(length/10, 5*time.Second)
+	calm := max(length/10, 3*time.Second)
 
 	s.work(calm, false)
 	s.empty()
