@@ -203,6 +203,43 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+// TestExport: a file appears only when berthd says that the archive is complete.
+func TestExport(t *testing.T) {
+	sock := daemon(t, func(w http.ResponseWriter, r *http.Request) {
+		ref := r.URL.Query().Get("ref")
+		if ref != "cut" {
+			w.Header().Set("Trailer", api.TrailerError)
+		}
+		io.WriteString(w, "archive")
+		w.(http.Flusher).Flush()
+		switch ref {
+		case "good":
+			w.Header().Set(api.TrailerError, "")
+		case "bad":
+			w.Header().Set(api.TrailerError, `{"code":"damaged","text":"digest mismatch"}`)
+		case "aborted":
+			panic(http.ErrAbortHandler)
+		}
+	})
+	for ref, want := range map[string]struct {
+		code int
+		text string
+	}{"good": {0, "7 B written"}, "bad": {exitFailed, "digest mismatch"}, "cut": {exitUnreachable, "ended in the middle"}, "aborted": {exitUnreachable, "ended in the middle"}} {
+		file := filepath.Join(t.TempDir(), "out.tar")
+		_, errOut, code := command(t, "", "image", "export", "-o", file, ref, "--socket", sock)
+		b, err := os.ReadFile(file)
+		if code != want.code || !strings.Contains(errOut, want.text) || (err == nil) != (code == 0) || code == 0 && string(b) != "archive" {
+			t.Errorf("%s: exit %d, %q, file %q %v; want %d and %q", ref, code, errOut, b, err, want.code, want.text)
+		}
+		if left, err := filepath.Glob(file + "*"); err != nil || len(left) > 1 || code != 0 && len(left) > 0 {
+			t.Errorf("%s: left %q, %v", ref, left, err)
+		}
+	}
+	if out, _, code := command(t, "", "image", "export", "good", "--socket", sock); code != 0 || out != "archive" {
+		t.Errorf("to standard output: exit %d, %q", code, out)
+	}
+}
+
 func TestShow(t *testing.T) {
 	for n, want := range map[int64]string{0: "0 B", 999: "999 B", 1000: "0.98 KiB", 1 << 20: "1.00 MiB", 123 << 20: "123 MiB", 1 << 62: "4096 PiB"} {
 		if got := showBytes(n); got != want {

@@ -42,6 +42,10 @@ func init() {
 				"It may hold several images. Layers that are on the node already are not read again.",
 			examples: []string{"berth image import app.tar", "berth image import --pin base.tar.zst ./layout",
 				"docker save app:1 | berth image import -", "berth image import --name registry.example/app ./layout"}},
+		{name: "image export", args: "IMAGE...", least: 1, most: -1, short: "write images to an archive", setup: imageExport,
+			long: "The archive is an OCI image layout that \"docker load\" reads as well; compress it with a pipe. Layers are written from what is unpacked: the content is the same, while digests and the image ID are new. " +
+				"With --original they are fetched from the registry again, so that the copy has the digests and the ID of the image.",
+			examples: []string{"berth image export -o app.tar registry.example/app:1.2", "berth image export --original registry.example/app:1.2 | zstd > app.tar.zst"}},
 		{name: "image verify", args: "[IMAGE...]", most: -1, short: "compare images with what was unpacked", setup: imageVerify,
 			long: "Every file of every layer, of all images or of those that are named, is compared with the list that was written when the layer was unpacked. " +
 				"With --repair a damaged layer, and no other, is fetched again; containers that run keep what they have until they are removed. " +

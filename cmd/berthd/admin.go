@@ -13,7 +13,8 @@ import (
 // serveAdmin opens the admin socket and answers on it until the function that it
 // returns is called.
 func (d *daemon) serveAdmin(ctx context.Context, images *imageservice.Service) (stop func(), err error) {
-	s, err := admin.New(admin.Deps{Images: images, Puller: images, Importer: images, Verifier: images, Config: d.inForce, Version: version()})
+	s, err := admin.New(admin.Deps{Images: images, Puller: images, Importer: images, Exporter: images, Verifier: images,
+		Config: d.inForce, Version: version()})
 	if err != nil {
 		return nil, err
 	}

@@ -51,6 +51,11 @@ type Importer interface {
 	ImportStream(ctx context.Context, r io.Reader, o imageservice.ImportOptions) ([]imageservice.Image, error)
 }
 
+// Exporter writes images to archives.
+type Exporter interface {
+	Export(ctx context.Context, w io.Writer, refs []string, o imageservice.ExportOptions) error
+}
+
 // Verifier finds out whether images are whole.
 type Verifier interface {
 	Verify(ctx context.Context, refs []string, o imageservice.VerifyOptions) (imageservice.VerifyResult, error)
@@ -61,6 +66,7 @@ type Deps struct {
 	Images   Images
 	Puller   Puller
 	Importer Importer
+	Exporter Exporter
 	Verifier Verifier
 	// Config returns the configuration in force: its values by key, and as a file.
 	Config func() (values map[string]any, toml string)
@@ -88,7 +94,7 @@ type Server struct {
 
 // New returns a server; Serve makes it reachable.
 func New(deps Deps) (*Server, error) {
-	if deps.Images == nil || deps.Puller == nil || deps.Importer == nil || deps.Verifier == nil || deps.Config == nil {
+	if deps.Images == nil || deps.Puller == nil || deps.Importer == nil || deps.Exporter == nil || deps.Verifier == nil || deps.Config == nil {
 		return nil, errors.New("admin server: a service behind it is missing")
 	}
 	s := &Server{deps: deps, mux: http.NewServeMux(), work: make(chan struct{}, maxWork)}

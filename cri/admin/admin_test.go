@@ -116,10 +116,22 @@ func (s *shelf) Verify(_ context.Context, refs []string, o imageservice.VerifyOp
 	return imageservice.VerifyResult{Images: 1, Layers: 2, Bytes: 3, Damaged: 1, Repaired: 1}, nil
 }
 
+// Export writes "archive", and fails before it for "none" and after it for "half".
+func (s *shelf) Export(_ context.Context, w io.Writer, refs []string, o imageservice.ExportOptions) error {
+	if refs[0] == "none" {
+		return imageservice.ErrNotFound
+	}
+	fmt.Fprintf(w, "archive %q %v", refs, o.Original)
+	if refs[0] == "half" {
+		return fmt.Errorf("line\nbreak: %w", imageservice.ErrDigestMismatch)
+	}
+	return nil
+}
+
 // serve starts a server on a socket and returns a client of it.
 func serve(t *testing.T, s *shelf) (*http.Client, string) {
 	t.Helper()
-	srv, err := New(Deps{Images: s, Puller: s, Importer: s, Verifier: s, Version: "1.2.3",
+	srv, err := New(Deps{Images: s, Puller: s, Importer: s, Exporter: s, Verifier: s, Version: "1.2.3",
 		Config: func() (map[string]any, string) { return map[string]any{"k": 1}, "k = 1\n" }})
 	if err != nil {
 		t.Fatal(err)
@@ -306,6 +318,32 @@ func TestSameLanguage(t *testing.T) {
 	decode(api.PathPulls, &pulls)
 	if pulls[0].Stage != "layers 1/2" || pulls[0].Layers[0].Endpoint != "h" {
 		t.Errorf("pulls %+v", pulls)
+	}
+}
+
+func TestExport(t *testing.T) {
+	needRoot(t)
+	c, _ := serve(t, &shelf{})
+	if status, body := call(t, c, "GET", api.PathExport+"?ref=none", ""); status != 404 || !strings.Contains(body, "not-found") {
+		t.Errorf("export of nothing: %d %s", status, body)
+	}
+	for ref, code := range map[string]api.Code{"good": "", "half": api.CodeDamaged} {
+		resp, err := c.Get("http://x" + api.PathExport + "?original=1&ref=" + ref + "&ref=second")
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		said, ok := resp.Trailer[api.TrailerError]
+		var e api.Error
+		if ok && said[0] != "" {
+			if err := json.Unmarshal([]byte(said[0]), &e); err != nil {
+				t.Error(err)
+			}
+		}
+		if err != nil || string(b) != fmt.Sprintf("archive [%q \"second\"] true", ref) || !ok || e.Code != code {
+			t.Errorf("%s: %q, %v, trailer %q %v", ref, b, err, said, ok)
+		}
 	}
 }
 

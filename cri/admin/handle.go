@@ -97,14 +97,11 @@ func long[Q any](s *Server, path string, do func(ctx context.Context, q *Q, tell
 // stream runs work and sends its records. It ends when the client is gone, or
 // takes nothing for sendTimeout.
 func (s *Server) stream(w http.ResponseWriter, r *http.Request, do func(context.Context, func(api.Record)) error) {
-	select {
-	case s.work <- struct{}{}:
-		defer func() { <-s.work }()
-	default:
-		busy := &api.Error{Code: api.CodeUnavailable, Text: fmt.Sprintf("berthd does %d such things already, the limit", maxWork)}
-		send(w, http.StatusServiceUnavailable, busy)
+	release, ok := s.begin(w)
+	if !ok {
 		return
 	}
+	defer release()
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
 	w.Header().Set("Content-Type", "application/x-ndjson")
@@ -121,6 +118,18 @@ func (s *Server) stream(w http.ResponseWriter, r *http.Request, do func(context.
 		last.Error, _ = toError(err)
 	}
 	tell(last)
+}
+
+// begin counts a work, or answers that there are too many.
+func (s *Server) begin(w http.ResponseWriter) (release func(), ok bool) {
+	select {
+	case s.work <- struct{}{}:
+		return func() { <-s.work }, true
+	default:
+		busy := &api.Error{Code: api.CodeUnavailable, Text: fmt.Sprintf("berthd does %d such things already, the limit", maxWork)}
+		send(w, http.StatusServiceUnavailable, busy)
+		return nil, false
+	}
 }
 
 // read takes the body of a request apart.

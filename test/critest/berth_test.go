@@ -118,6 +118,28 @@ func TestBerthImport(t *testing.T) {
 	}
 }
 
+func TestBerthExport(t *testing.T) {
+	b := open(t)
+	b.ours()
+	img := b.push("t/export")
+	ref := b.ref("t/export")
+	b.pull(ref)
+	file := filepath.Join(t.TempDir(), "out.tar")
+	for _, args := range [][]string{{"--original"}, nil} {
+		b.berth(append([]string{"image", "export", "-o", file, ref}, args...)...)
+		b.berth("image", "rm", ref)
+		b.berth("image", "import", file)
+		got := b.imageStatus(ref)
+		if got == nil || (got.Id == img.ConfigID) != (args != nil) {
+			t.Fatalf("export %q and import: %v, the image was %s", args, got, img.ConfigID)
+		}
+		b.Cleanup(func() { b.dropImage(got.Id) })
+	}
+	if _, errOut, code := b.berthTool(b.node, "image", "export", "-o", file+"2", "none.example/none:1"); code != 4 || !strings.Contains(errOut, "not found") {
+		t.Errorf("export of nothing: exit %d, %q", code, errOut)
+	}
+}
+
 func TestBerthPreload(t *testing.T) {
 	b := open(t)
 	b.ours()

@@ -33,9 +33,15 @@ const (
 	// POST with ?path=, an absolute path as the client's process sees it, or without it
 	// and the archive as the body; ?name=, ?pin=1: records.
 	PathImport = "/v1/images/import"
+	// GET ?ref=…&ref=…, &original=1: a tar archive, with TrailerError behind it.
+	PathExport = "/v1/images/export"
 	// POST VerifyRequest: records, each of them with a Layer, the last but one with a Summary.
 	PathVerify = "/v1/images/verify"
 )
+
+// TrailerError is the trailer of an export that tells, as the JSON of an Error, why it ends
+// before it is complete. It is empty after one that is.
+const TrailerError = "Berth-Error"
 
 // Limits of what is sent, in bytes.
 const (
