@@ -33,13 +33,13 @@ func Build(ctx context.Context, root, dir string) (string, error) {
 	if bin := os.Getenv(BinEnv); bin != "" {
 		return bin, nil
 	}
-	return dir, build(ctx, root, dir, "containers_image_openpgp", "./cmd/berthd", "./cmd/berth", "./cmd/berth-shim", "./cmd/berth-init")
+	return dir, build(ctx, root, dir, "containers_image_openpgp,nri_no_wasm", "./cmd/berthd", "./cmd/berth", "./cmd/berth-shim", "./cmd/berth-init")
 }
 
 // BuildFailpoints is Build for programs with failpoints (test/failpoint), and
 // the one that stands for runtimes and plugins, fakes. It uses no built ones.
 func BuildFailpoints(ctx context.Context, root, dir string) error {
-	return build(ctx, root, dir, "containers_image_openpgp,failpoint", "./cmd/berthd", "./cmd/berth-shim", "./cmd/berth-init", "./test/fakes")
+	return build(ctx, root, dir, "containers_image_openpgp,nri_no_wasm,failpoint", "./cmd/berthd", "./cmd/berth-shim", "./cmd/berth-init", "./test/fakes")
 }
 
 func build(ctx context.Context, root, dir, tags string, packages ...string) error {
