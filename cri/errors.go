@@ -36,6 +36,7 @@ var table = []struct {
 }{
 	{errInvalid, codes.InvalidArgument, ""},
 
+	{sandbox.ErrPlugin, codes.FailedPrecondition, ""}, // it may wrap the next one, and is none of the caller's
 	{sandbox.ErrInvalid, codes.InvalidArgument, ""},
 	{sandbox.ErrAmbiguous, codes.InvalidArgument, ""},
 	{sandbox.ErrUnknownHandler, codes.InvalidArgument, ""},

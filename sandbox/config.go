@@ -97,6 +97,7 @@ type Deps struct {
 	Snapshots snapshotter.Snapshotter
 	Network   Network
 	Pins      *netns.Pins
+	Plugins   Plugins // nil for none
 }
 
 // maxRunDir leaves room in a unix socket address for "/s/" and an ID.

@@ -20,6 +20,7 @@ import (
 	"github.com/berthd/berth/cni/netns"
 	"github.com/berthd/berth/imageservice"
 	"github.com/berthd/berth/sandbox/cgroup"
+	"github.com/berthd/berth/sandbox/nri"
 	"github.com/berthd/berth/sandbox/spec"
 	"github.com/berthd/berth/shim"
 	"github.com/berthd/berth/snapshotter"
@@ -79,6 +80,9 @@ type containerPlan struct {
 	volumes []imageVolume
 	cdi     []string // names of CDI devices
 	target  string   // ID of the container whose PID namespace it joins
+
+	spec      *specs.Spec
+	announced func() // to be called when it is in the book, or undone
 }
 
 // planContainer checks what can be checked before anything is done.
@@ -262,6 +266,8 @@ func (s *Service) createContainer(ctx context.Context, o *op, plan *containerPla
 	var launched shim.Launched
 	var target *os.File
 	defer func() { target.Close() }() // nil is no harm
+	plan.announced = func() {}
+	defer func() { plan.announced() }()
 	err := o.steps(ctx, []step{
 		{"target", func(context.Context) (err error) { target, err = s.joinTarget(plan); return err }},
 		{"init", func(ctx context.Context) error {
@@ -277,6 +283,8 @@ func (s *Service) createContainer(ctx context.Context, o *op, plan *containerPla
 		{"volumes", func(ctx context.Context) error { return s.makeVolumes(ctx, plan) }},
 		{"labels", func(ctx context.Context) error { return s.confine(ctx, plan) }},
 		{"user", func(context.Context) error { return s.resolveUser(plan) }},
+		{"specification", func(context.Context) error { return s.buildSpec(plan) }},
+		{"plugins", func(ctx context.Context) error { return s.announceContainer(ctx, plan) }},
 		{"bundle", func(context.Context) error { return s.writeBundle(plan) }},
 		{"launch", func(ctx context.Context) (err error) { launched, err = s.launch(ctx, plan); return err }},
 		{"created", func(context.Context) error { return s.created(plan, launched) }},
@@ -290,6 +298,7 @@ func (s *Service) createContainer(ctx context.Context, o *op, plan *containerPla
 		}
 		return "", fmt.Errorf("container %s in pod %s: %w", plan.config.GetMetadata().GetName(), podKey(plan.pod.config), err)
 	}
+	s.tellNews(ctx, nri.PostCreateContainer, id)
 	log.V(2).Info("Container created", "image", plan.row.ImageRef, "pid", launched.Pid, "took", time.Since(begun))
 	return id, nil
 }
@@ -331,20 +340,21 @@ func (s *Service) confine(ctx context.Context, plan *containerPlan) error {
 	return relabelMounts(ctx, plan)
 }
 
-// writeBundle writes what the OCI runtime reads, and the note.
-func (s *Service) writeBundle(plan *containerPlan) error {
-	sp, err := spec.Build(plan.in)
-	if err == nil {
-		err = s.injectCDI(sp, plan.cdi)
-	}
-	if err != nil {
+// buildSpec makes the specification, but for what plugins want.
+func (s *Service) buildSpec(plan *containerPlan) (err error) {
+	if plan.spec, err = spec.Build(plan.in); err != nil {
 		return err
 	}
-	plan.keepFilter = s.keepsFilter(plan.rt, sp)
+	return s.injectCDI(plan.spec, plan.cdi)
+}
+
+// writeBundle writes what the OCI runtime reads.
+func (s *Service) writeBundle(plan *containerPlan) error {
+	plan.keepFilter = s.keepsFilter(plan.rt, plan.spec)
 	if err := os.Mkdir(s.stateDir(plan.row.ID), 0o700); err != nil {
 		return err
 	}
-	return s.makeBundle(plan.row.ID, sp, plan.pod.userNS)
+	return s.makeBundle(plan.row.ID, plan.spec, plan.pod.userNS)
 }
 
 // makeBundle makes the bundle of a container or an init.
@@ -427,7 +437,7 @@ func (s *Service) created(plan *containerPlan, launched shim.Launched) error {
 		if r.State == StateCreating {
 			r.State, r.Pid = StateCreated, launched.Pid
 		}
-		r.ShimPid, r.User = launched.ShimPID, plan.row.User
+		r.ShimPid, r.User, r.Resources, r.PrivatePID = launched.ShimPID, plan.row.User, plan.row.Resources, plan.row.PrivatePID
 		return nil
 	})
 	return err
@@ -462,6 +472,7 @@ func (s *Service) startContainer(ctx context.Context, o *op, id string) error {
 	}
 	log, ctx := logFor(ctx, "pod", podKey(p.config), "container", c.config.GetMetadata().GetName(), "containerID", id)
 	err = o.steps(ctx, []step{
+		{"plugins", func(ctx context.Context) error { return s.tell(ctx, nri.StartContainer, id) }},
 		{"start", func(ctx context.Context) error { return s.startOnce(ctx, id) }},
 		{"running", func(context.Context) error { return s.markRunning(id) }},
 	})
@@ -469,6 +480,7 @@ func (s *Service) startContainer(ctx context.Context, o *op, id string) error {
 		s.startFailed(ctx, id, err)
 		return fmt.Errorf("container %s in pod %s: %w", c.config.GetMetadata().GetName(), podKey(p.config), err)
 	}
+	s.tellNews(ctx, nri.PostStartContainer, id)
 	log.V(2).Info("Container running", "pid", c.Pid)
 	return nil
 }

@@ -13,6 +13,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/sandbox/cgroup"
+	"github.com/berthd/berth/sandbox/nri"
 	"github.com/berthd/berth/shim"
 	"github.com/berthd/berth/store"
 )
@@ -48,7 +49,13 @@ func (s *Service) teardown(ctx context.Context, o *op, id string) error {
 	s.stats.drop(id)
 	s.stats.drop(initKey(id))
 	err = o.allSteps(ctx, []step{
-		{"containers", func(ctx context.Context) error { return s.killContainers(ctx, id) }},
+		{"containers", func(ctx context.Context) error {
+			err := s.killContainers(ctx, id)
+			if err == nil {
+				s.tellPodStop(ctx, p)
+			}
+			return err
+		}},
 		{"init", func(ctx context.Context) error { return s.destroyInit(ctx, p) }},
 		{"network", func(ctx context.Context) error { return s.detach(ctx, p) }},
 	})
@@ -125,7 +132,10 @@ func (s *Service) destroyPod(ctx context.Context, o *op, id string) error {
 		{"teardown", func(ctx context.Context) error { return s.teardown(ctx, o, id) }},
 		{"containers", func(ctx context.Context) error { return s.removeContainers(ctx, id) }},
 	})
-	if err = errors.Join(unmarked, err); err == nil {
+	if err = errors.Join(unmarked, err); err == nil || onlyDetach(err) {
+		s.tellPodRemoval(ctx, p)
+	}
+	if err == nil {
 		err = o.steps(ctx, []step{
 			// Not before the containers are removed: until then their own cgroups
 			// may still be in there, and nobody would come back for these.
@@ -250,6 +260,7 @@ func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error 
 		{"process", func(ctx context.Context) error {
 			return s.endContainer(ctx, c)
 		}},
+		{"plugins", func(ctx context.Context) error { s.tellNews(ctx, nri.RemoveContainer, id); return nil }},
 		{"bundle", func(context.Context) error { return s.removeBundle(id) }},
 		{"snapshot", func(ctx context.Context) error { return s.removeSnapshots(ctx, c) }},
 		{"state", func(context.Context) error { return os.RemoveAll(s.stateDir(id)) }},
@@ -262,6 +273,7 @@ func (s *Service) destroyContainer(ctx context.Context, o *op, id string) error 
 	s.live.drop(id)
 	s.stats.drop(id)
 	s.undo.Delete(id)
+	s.missed.Delete(id)
 	s.freeImages(ctx, c)
 	if s.lostSnapshots() {
 		s.kick() // it may have been the last one that forgetRebuild waits for

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/berthd/berth/sandbox/cgroup"
+	"github.com/berthd/berth/sandbox/nri"
 	"github.com/berthd/berth/sandbox/spec"
 )
 
@@ -38,6 +39,10 @@ var (
 	// wait for a device or a network file system.
 	ErrStuck = errors.New("processes do not die")
 )
+
+// ErrPlugin: plugins of the node want something of a container that cannot be.
+// The text names the field, the value and the limit.
+var ErrPlugin = nri.ErrAdjustment
 
 // ErrRuntime: an OCI runtime is missing, too old or does not answer.
 var ErrRuntime = errors.New("OCI runtime unusable")

@@ -116,12 +116,14 @@ func (s *Service) UpdateResources(ctx context.Context, req *runtime.UpdateContai
 		return fmt.Errorf("%w: linux: must be set", ErrInvalid)
 	}
 	_, err = s.ops.do(ctx, "update container", c.ID+fmt.Sprintf(" to %x", hashOf(req.GetLinux())), s.cfg.ContainerTimeout, func(ctx context.Context, o *op) (string, error) {
-		return "", s.updateResources(ctx, o, c.ID, req.GetLinux())
+		return "", s.updateAsked(ctx, o, c.ID, req.GetLinux())
 	})
 	return err
 }
 
-func (s *Service) updateResources(ctx context.Context, o *op, id string, update *runtime.LinuxContainerResources) error {
+// updateResources changes the limits; beyond has what the CRI has no words for, nil
+// for nothing.
+func (s *Service) updateResources(ctx context.Context, o *op, id string, update *runtime.LinuxContainerResources, beyond *specs.LinuxResources) error {
 	o.enter("turn")
 	done, err := s.updates.take(ctx, id)
 	if err != nil {
@@ -146,6 +148,7 @@ func (s *Service) updateResources(ctx context.Context, o *op, id string, update 
 	}
 	rt := s.runtimeOfContainer(c)
 	res.Devices = nil // device rules are not part of an update
+	addBeyondCRI(res, beyond)
 	err = o.steps(ctx, []step{
 		{"update", func(ctx context.Context) error { return rt.update(ctx, id, res) }},
 		{"record", func(context.Context) error {

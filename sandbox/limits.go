@@ -9,6 +9,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/berthd/berth/sandbox/cgroup"
+	"github.com/berthd/berth/sandbox/nri"
 )
 
 // resourcesOf returns the limits of a container: what it was created with and
@@ -77,12 +78,24 @@ func sharesOf(weight uint64) uint64 { return 2 + ((min(max(weight, 1), 10000)-1)
 // UpdatePodResources records the resources of a pod as a whole, and its overhead;
 // what is nil stays as it was. The kubelet sets the pod's cgroup itself, before
 // it calls (UpdatePodSandboxResources in the CRI), so nothing else is done.
-func (s *Service) UpdatePodResources(_ context.Context, req *runtime.UpdatePodSandboxResourcesRequest) error {
+func (s *Service) UpdatePodResources(ctx context.Context, req *runtime.UpdatePodSandboxResourcesRequest) error {
 	p, err := s.book.view().pod(req.GetPodSandboxId())
 	if err != nil {
 		return err
 	}
-	_, err = s.book.updatePod(p.ID, func(r *podRow) error {
+	next := s.pluginPod(p)
+	if o := req.GetOverhead(); o != nil {
+		next.Overhead = ociResources(o)
+	}
+	if res := req.GetResources(); res != nil {
+		next.Resources = ociResources(res)
+	}
+	if s.deps.Plugins != nil && p.State == StateReady {
+		if err := s.deps.Plugins.Tell(ctx, nri.UpdatePodSandbox, next, nri.Container{}); err != nil {
+			return err
+		}
+	}
+	p, err = s.book.updatePod(p.ID, func(r *podRow) error {
 		if r.State != StateReady || r.Removing {
 			return fmt.Errorf("%w: pod %s is not ready", ErrState, r.ID)
 		}
@@ -106,5 +119,8 @@ func (s *Service) UpdatePodResources(_ context.Context, req *runtime.UpdatePodSa
 		r.Config = raw
 		return err
 	})
+	if err == nil {
+		s.tellPodNews(ctx, nri.PostUpdatePodSandbox, p)
+	}
 	return err
 }

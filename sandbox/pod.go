@@ -153,6 +153,8 @@ func (s *Service) runPod(ctx context.Context, o *op, plan podPlan) (string, erro
 	}
 	log, ctx := logFor(ctx, "pod", podKey(p.config), "podID", p.ID)
 	begun := time.Now()
+	announced := func() {}
+	defer func() { announced() }()
 	err = o.steps(ctx, []step{
 		{"files", func(context.Context) error { return s.makePodFiles(p, plan.hostname) }},
 		{"namespaces", func(ctx context.Context) error { return s.makeNamespaces(ctx, p, plan) }},
@@ -169,6 +171,10 @@ func (s *Service) runPod(ctx context.Context, o *op, plan podPlan) (string, erro
 				return nil
 			}
 			return s.ensureInit(ctx, p.ID)
+		}},
+		{"plugins", func(ctx context.Context) (err error) {
+			announced, err = s.announcePod(ctx, p)
+			return err
 		}},
 		{"note", func(context.Context) error { return s.writePodNote(p.ID) }},
 		{"ready", func(context.Context) error {

@@ -164,6 +164,9 @@ func (s *Service) recoverContainer(ctx context.Context, c *container) error {
 	if v.state == c.State {
 		return nil
 	}
+	if v.state == StateExited {
+		s.missed.Store(c.ID, true)
+	}
 	_, err := s.book.updateContainer(c.ID, func(_ *store.Tx, r *containerRow) error {
 		switch {
 		case r.State == StateExited: // the watch was faster

@@ -42,6 +42,7 @@ type Service struct {
 	bg     sync.WaitGroup
 	wake   chan struct{} // the janitor has something to do
 
+	missed  sync.Map    // IDs of containers that ended while no daemon ran
 	undo    sync.Map    // IDs of objects whose destroy failed
 	resweep atomic.Bool // a shim was killed in the middle of its work
 	updates turns       // by ID: updates of one container take turns
@@ -74,6 +75,9 @@ func New(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 		return nil, fmt.Errorf("sandbox: recovery: %w", err)
 	}
 	s.firstVerdicts(ctx)
+	if deps.Plugins != nil {
+		s.bg.Go(func() { deps.Plugins.Serve(s.ctx, pluginNode{s}) })
+	}
 	s.bg.Go(func() { s.janitor(s.ctx) })
 	return s, nil
 }

@@ -13,6 +13,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/sandbox/cgroup"
+	"github.com/berthd/berth/sandbox/nri"
 	"github.com/berthd/berth/shim"
 	"github.com/berthd/berth/store"
 )
@@ -54,6 +55,7 @@ func (s *Service) StopContainer(ctx context.Context, id string, timeout time.Dur
 		if err != nil {
 			return "", fmt.Errorf("container %s: %w", c.ID, err)
 		}
+		s.tellNews(ctx, nri.StopContainer, c.ID)
 		log.V(2).Info("Container stopped", "killed", !done, "took", time.Since(begun))
 		return "", nil
 	})
@@ -321,6 +323,7 @@ func (s *Service) markExited(id string, e shim.Exit) error {
 		return err
 	}
 	s.stats.rest(id)
+	s.tellExit(c)
 	klog.FromContext(s.ctx).V(2).Info("Container exited", "container", c.config.GetMetadata().GetName(),
 		"containerID", id, "code", c.ExitCode, "reason", c.Reason)
 	return nil

@@ -34,6 +34,10 @@ type config struct {
 	UnprivilegedICMP             bool
 	CDISpecDirs                  []string
 
+	NRI                                                       bool
+	NRISocket, NRIPlugins, NRIPluginConfigs                   string
+	NRIRegistrationTimeout, NRIRequestTimeout, NRISyncTimeout time.Duration
+
 	StreamListen                             string
 	StreamIdleTimeout, StreamCreationTimeout time.Duration
 	StreamCertFile, StreamKeyFile            string
@@ -115,6 +119,21 @@ func (c *config) fields() []*field {
 			"Let every process of a pod send pings."),
 		list(&c.CDISpecDirs, "cdi_spec_dirs", []string{"/etc/cdi", "/var/run/cdi"}, checkAbsolute,
 			"Directories of CDI specifications, which tell what a vendor's device needs; of two that define the same device the later one counts. They are watched, and need not exist. [] turns CDI off.").limited("absolute paths"),
+
+		boolean(&c.NRI, "nri", true,
+			"Let plugins of the Node Resource Interface see and adjust pods and containers. Without a plugin it costs nothing."),
+		path(&c.NRISocket, "nri_socket_path", "/var/run/nri/nri.sock",
+			`Unix socket, mode 0600, to which plugins connect. "" means that none can. A socket where another runtime listens is left to it, and NRI is off then.`).bytes(maxSocket).optional(),
+		path(&c.NRIPlugins, "nri_plugin_path", "/opt/nri/plugins",
+			"Directory of plugins that berthd starts: programs named NN-name, in the order of their numbers. It need not exist."),
+		path(&c.NRIPluginConfigs, "nri_plugin_config_path", "/etc/nri/conf.d",
+			"Directory of those plugins' configurations, NN-name.conf or name.conf. It need not exist."),
+		duration(&c.NRIRegistrationTimeout, "nri_plugin_registration_timeout", 5*time.Second, 10*time.Millisecond, time.Minute,
+			"How long a plugin that has connected may take to register; then it is turned away."),
+		duration(&c.NRIRequestTimeout, "nri_plugin_request_timeout", 2*time.Second, 10*time.Millisecond, time.Minute,
+			"How long a plugin may take over a request; then it is disconnected, unless it asked not to be. Others wait for so long, as plugins get one request at a time."),
+		duration(&c.NRISyncTimeout, "nri_plugin_sync_timeout", 10*time.Second, 10*time.Millisecond, time.Minute,
+			"How long a new plugin may take over the state of the node. Pods and containers that are to be made wait for so long, so that it misses none."),
 
 		text(&c.StreamListen, "stream_listen", "127.0.0.1:0", checkStreamListen,
 			`Where sessions of exec, attach and port-forward are served: IP address and port, 0 for any port. The kubelet connects to it, from this node. "" means that there are none.`),

@@ -8,6 +8,7 @@ import (
 	"github.com/berthd/berth/cri"
 	"github.com/berthd/berth/imageservice"
 	"github.com/berthd/berth/sandbox"
+	"github.com/berthd/berth/sandbox/nri"
 )
 
 // What each part of the daemon is told of the configuration.
@@ -69,8 +70,17 @@ func (c *config) network() cni.Config {
 	}
 }
 
-func (d *daemon) edge(network *cni.Network) cri.Config {
-	return cri.Config{
+// plugins is NRI, nil when it is off.
+func (c *config) plugins() sandbox.Plugins {
+	if !c.NRI {
+		return nil
+	}
+	return nri.New(nri.Config{Socket: c.NRISocket, PluginDir: c.NRIPlugins, PluginConfigDir: c.NRIPluginConfigs, Version: version(),
+		RegistrationTimeout: c.NRIRegistrationTimeout, RequestTimeout: c.NRIRequestTimeout, SyncTimeout: c.NRISyncTimeout})
+}
+
+func (d *daemon) edge(network *cni.Network, plugins sandbox.Plugins) cri.Config {
+	out := cri.Config{
 		Version: version(),
 		Stream:  cri.StreamConfig{IdleTimeout: d.config.StreamIdleTimeout, CreationTimeout: d.config.StreamCreationTimeout},
 		Info: map[string]func() any{
@@ -78,6 +88,10 @@ func (d *daemon) edge(network *cni.Network) cri.Config {
 			"config": d.show,
 		},
 	}
+	if h, ok := plugins.(*nri.Host); ok {
+		out.Info["nri"] = func() any { return h.Info() }
+	}
+	return out
 }
 
 // show is the configuration for a verbose Status. It holds paths and limits;

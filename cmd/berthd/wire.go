@@ -63,14 +63,15 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer background(ctx, "cni", network.Run)()
-	pods, err := sandbox.New(ctx, node, sandbox.Deps{Store: book, Images: images, Snapshots: snapshots, Network: network, Pins: pins})
+	plugins := c.plugins()
+	pods, err := sandbox.New(ctx, node, sandbox.Deps{Store: book, Images: images, Snapshots: snapshots, Network: network, Pins: pins, Plugins: plugins})
 	if err != nil {
 		return err
 	}
 	defer join(&err, func() error { return closeWithin(pods.Close) })
 	images.SetInUse(pods.ImagesInUse)
 	snapshots.OnLeft(pods.SweepSoon)
-	edge, err := cri.New(ctx, d.edge(network), cri.Deps{
+	edge, err := cri.New(ctx, d.edge(network, plugins), cri.Deps{
 		Pods: pods, Containers: pods, Observer: pods, Exec: pods, Streams: pods, Meter: pods, Resizer: pods, Events: pods,
 		Node: pods, Network: network, Images: images,
 	})

@@ -64,6 +64,8 @@ type Node struct {
 	StateDir string
 	RunDir   string
 	Socket   string
+	NRI      string // socket for plugins
+	Plugins  string // directory of plugins that berthd starts
 	Config   string // path of the configuration file
 	LogDir   string // for pods' logs
 	CNIDir   string
@@ -103,7 +105,7 @@ func New(opts Options) (*Node, error) {
 		// The subnets of nodes that run at the same time differ.
 		Subnet: fmt.Sprintf("10.%d.%d.0/24", 100+os.Getpid()/250%100, (os.Getpid()%250+i*7)%250),
 	}
-	n.Socket = filepath.Join(n.RunDir, "berth.sock")
+	n.Socket, n.NRI, n.Plugins = filepath.Join(n.RunDir, "berth.sock"), filepath.Join(n.RunDir, "nri.sock"), filepath.Join(n.Dir, "plugins")
 	if logs := os.Getenv(LogsEnv); logs != "" {
 		n.LogFile = filepath.Join(logs, name+".log")
 	}
@@ -185,6 +187,9 @@ func (n *Node) keys(registries, policy string) [][2]string {
 		{"state_dir", q(n.StateDir)},
 		{"run_dir", q(n.RunDir)},
 		{"socket", q(n.Socket)},
+		{"nri_socket_path", q(n.NRI)},
+		{"nri_plugin_path", q(n.Plugins)},
+		{"nri_plugin_config_path", q(filepath.Join(n.Plugins, "conf.d"))},
 		{"cgroup_driver", q("cgroupfs")},
 		{"shim_path", q(filepath.Join(n.opts.Bin, "berth-shim"))},
 		{"init_path", q(filepath.Join(n.opts.Bin, "berth-init"))},
