@@ -44,7 +44,7 @@ func TestUpstream(t *testing.T) {
 	if err := n.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	args := []string{"--runtime-endpoint=unix://" + n.Socket, "--image-endpoint=unix://" + n.Socket, "--ginkgo.no-color"}
+	args := []string{"--runtime-endpoint=unix://" + n.Socket, "--image-endpoint=unix://" + n.Socket, "--nri-socket=" + n.NRI, "--ginkgo.no-color"}
 	if f := os.Getenv("BERTH_CRITEST_IMAGES"); f != "" {
 		args = append(args, "--test-images-file="+f)
 	}
