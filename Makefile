@@ -26,7 +26,7 @@ NEW_RUNC    := $(CURDIR)/$(BIN)/tools/runc-$(lastword $(subst @, ,$(RUNC)))/runc
 UNIT      = $(shell $(GO) list ./... 2>/dev/null | grep -v '/test/')
 
 .DEFAULT_GOAL := help
-.PHONY: help build runc install deps test unit race conformance crash soak demo lint fuzz bench-pull docs clean
+.PHONY: help build runc install deps test unit race conformance crash soak demo lint fuzz bench bench-pull docs clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -87,6 +87,9 @@ fuzz: ## each fuzz target for FUZZTIME (10s)
 	@for p in $$(grep -rl --include=*_test.go '^func Fuzz' . | xargs -n1 dirname | sort -u); do \
 	  for f in $$(grep -h '^func Fuzz' $$p/*_test.go | sed -E 's/func (Fuzz[A-Za-z0-9_]*).*/\1/'); do \
 	    echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p || exit 1; done; done
+
+bench: ## what pods cost, through CRI; ARGS such as '-endpoint a=unix:///… -endpoint b=unix:///…', '-cases start,exec', '-dir DIR'
+	$(GO) run ./test/bench/life $(ARGS)
 
 bench-pull: ## pulls and removals through CRI; ARGS such as '-endpoint a=unix:///… -endpoint b=unix:///…', '-rounds 9', '-dir DIR'
 	$(GO) run ./test/bench/pull $(ARGS)
