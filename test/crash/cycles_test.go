@@ -37,7 +37,8 @@ func TestCycles(t *testing.T) {
 	}
 	r := startNode(t, node.Options{})
 	seed := uint64(time.Now().UnixNano())
-	t.Logf("%d cycles, seed %d", cycles, seed)
+	users := r.userNS()
+	t.Logf("%d cycles, seed %d, every second one with a user namespace: %v", cycles, seed, users != nil)
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	took := r.undisturbed()
 	t.Logf("a cycle without a kill takes %v", took.Round(time.Millisecond))
@@ -45,7 +46,11 @@ func TestCycles(t *testing.T) {
 	begin := time.Now()
 	for i := range cycles {
 		moment := time.Duration(rnd.Int64N(int64(took)))
-		step := r.cycle(i, int32(1+rnd.IntN(120)), moment)
+		k := &kubelet{rig: r}
+		if i%2 == 1 {
+			k.users = users
+		}
+		step := k.cycle(i, int32(1+rnd.IntN(120)), moment)
 		during[step]++
 		if t.Failed() {
 			t.Fatalf("cycle %d: berthd was killed after %v, during %s", i, moment, step)
@@ -69,18 +74,17 @@ func (r *rig) undisturbed() time.Duration {
 
 // cycle does one cycle with a kill after a moment and returns the step that it
 // hit.
-func (r *rig) cycle(i int, code int32, moment time.Duration) string {
-	r.Helper()
-	k := &kubelet{rig: r}
+func (k *kubelet) cycle(i int, code int32, moment time.Duration) string {
+	k.Helper()
 	done := make(chan string, 1)
 	go func() {
 		time.Sleep(moment)
 		step, _ := k.step.Load().(string)
-		if err := r.Kill(); err != nil {
-			r.Errorf("kill: %v", err)
+		if err := k.Kill(); err != nil {
+			k.Errorf("kill: %v", err)
 		}
-		if err := r.Start(r.ctx); err != nil {
-			r.Errorf("start after the kill during %s: %v", step, err)
+		if err := k.Start(k.ctx); err != nil {
+			k.Errorf("start after the kill during %s: %v", step, err)
 		}
 		done <- step
 	}()
@@ -109,7 +113,23 @@ func (r *rig) emptyNow(i int) {
 // answered, and believes the runtime.
 type kubelet struct {
 	*rig
-	step atomic.Value // name of the present step
+	step  atomic.Value           // name of the present step
+	users *runtime.UserNamespace // of its pods; nil is the node's
+}
+
+// userNS is a user namespace as the kubelet asks for one, nil where the OCI runtime
+// or the kernel has none.
+func (r *rig) userNS() *runtime.UserNamespace {
+	r.Helper()
+	st, err := r.client.Status(r.ctx, &runtime.StatusRequest{})
+	r.must(err)
+	for _, h := range st.RuntimeHandlers {
+		if h.Name == "" && h.GetFeatures().GetUserNamespaces() {
+			ids := []*runtime.IDMapping{{HostId: 1 << 20, Length: 65536}}
+			return &runtime.UserNamespace{Mode: runtime.NamespaceMode_POD, Uids: ids, Gids: ids}
+		}
+	}
+	return nil
 }
 
 // do repeats a call as long as berthd is not there.
@@ -132,6 +152,7 @@ func (k *kubelet) do(what string, call func(context.Context) error) {
 func (k *kubelet) life(name string, code int32) {
 	k.Helper()
 	c, cfg := k.client, k.podConfig(name)
+	cfg.Linux.SecurityContext.NamespaceOptions.UsernsOptions = k.users
 	var pod, id string
 	k.do("run", func(ctx context.Context) (err error) { pod, err = c.Run(ctx, cfg); return })
 	k.do("create", func(ctx context.Context) error {
