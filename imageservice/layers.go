@@ -233,7 +233,7 @@ func (s *Service) unpack(ctx context.Context, l layerRow, key string, r layerByt
 }
 
 // apply unpacks an archive and writes the layer's manifest.
-func (s *Service) apply(ctx context.Context, root, key string, archive io.Reader) (layer.Result, error) {
+func (s *Service) apply(ctx context.Context, root, key string, archive layer.Chunks) (layer.Result, error) {
 	opts := layer.Options{MaxBytes: s.cfg.MaxLayerBytes, MaxEntries: s.cfg.MaxLayerEntries}
 	list, err := s.manifests.create(key)
 	if err != nil {

@@ -2,11 +2,12 @@ package imageservice
 
 import (
 	"fmt"
-	"io"
 	"maps"
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/berthd/berth/imageservice/layer"
 )
 
 // PullProgress tells what a running pull is doing. It can be sent as JSON; durations are
@@ -142,7 +143,7 @@ func (r *layerRecord) progress() LayerProgress {
 }
 
 // unpacking measures, in what is read through it, how long the unpacker waits for bytes.
-func (r *layerRecord) unpacking(src io.Reader) io.Reader {
+func (r *layerRecord) unpacking(src layer.Chunks) layer.Chunks {
 	if r == nil {
 		return src
 	}
@@ -150,21 +151,34 @@ func (r *layerRecord) unpacking(src io.Reader) io.Reader {
 }
 
 type timedReader struct {
-	io.Reader
+	layer.Chunks
 	r *layerRecord
 }
 
+// Chunk implements layer.Chunks.
+func (t *timedReader) Chunk() ([]byte, error) {
+	defer t.wait()()
+	return t.Chunks.Chunk()
+}
+
+// Read implements io.Reader.
 func (t *timedReader) Read(p []byte) (int, error) {
+	defer t.wait()()
+	return t.Chunks.Read(p)
+}
+
+// wait measures until the function that it returns is called.
+func (t *timedReader) wait() (end func()) {
 	began := time.Now()
 	t.r.mu.Lock()
+	defer t.r.mu.Unlock()
 	t.r.reading = began
-	t.r.mu.Unlock()
-	n, err := t.Reader.Read(p)
-	t.r.mu.Lock()
-	t.r.waited += time.Since(began)
-	t.r.reading = time.Time{}
-	t.r.mu.Unlock()
-	return n, err
+	return func() {
+		t.r.mu.Lock()
+		defer t.r.mu.Unlock()
+		t.r.waited += time.Since(began)
+		t.r.reading = time.Time{}
+	}
 }
 
 // meter keeps a few samples of a growing number to tell its present speed.

@@ -5,83 +5,65 @@ import (
 	"hash"
 	"io"
 	"sync"
+
+	"github.com/berthd/berth/imageservice/layer/gunzip"
 )
 
-// hashed hashes and counts what is read through it, and fails with over when it is more
-// than limit bytes; -1 is no limit.
-type hashed struct {
-	r     io.Reader
-	h     hash.Hash
-	n     int64
-	limit int64
-	over  error
-}
+// buffers are those that the stages hand on: room for a window, and for the bytes.
+var buffers = sync.Pool{New: func() any { b := make([]byte, gunzip.Window+aheadBuffer); return &b }}
 
-func (h *hashed) Read(p []byte) (int, error) {
-	n, err := h.r.Read(p)
-	h.n += int64(n)
-	if h.limit >= 0 && h.n > h.limit {
-		return 0, h.over
-	}
-	h.h.Write(p[:n])
-	return n, err
-}
-
-// ahead reads a source in a goroutine of its own, some full buffers ahead of its reader.
-//
-//	goroutine: buffer from free -> fill -> full
-//	Read:      buffer from full -> copy out -> free
-type ahead struct {
-	full    chan chunk
-	free    chan *[]byte
-	quit    chan struct{}
-	done    chan struct{}
-	quitOne sync.Once
-	cur     chunk
-	off     int
-}
-
-// chunk is a buffer of n bytes, with the error that came after them.
+// chunk is a buffer with n bytes behind the window, or an error after all bytes.
 type chunk struct {
 	buf *[]byte
 	n   int
 	err error
 }
 
-func newAhead(r io.Reader, buffers int) *ahead {
-	a := &ahead{
-		full: make(chan chunk, buffers), free: make(chan *[]byte, buffers),
-		quit: make(chan struct{}), done: make(chan struct{}),
-	}
-	for range buffers {
-		a.free <- nil // allocated when first used: most layers are small
-	}
-	go a.fill(r)
-	return a
+func (c chunk) bytes() []byte { return (*c.buf)[gunzip.Window : gunzip.Window+c.n] }
+
+// stage runs a function in a goroutine of its own, some full buffers ahead of who takes
+// them.
+//
+//	goroutine: buffer from free -> fill -> full
+//	taker:     chunk from full -> use -> buffer to free
+type stage struct {
+	full    chan chunk
+	free    chan *[]byte
+	quit    chan struct{}
+	done    chan struct{}
+	quitOne sync.Once
 }
 
-func (a *ahead) fill(r io.Reader) {
-	defer close(a.done)
+// start begins to call fill, which is given a buffer and returns how many bytes it put
+// behind the window, or an error without bytes.
+func start(size int, fill func(b []byte) (int, error)) *stage {
+	s := &stage{
+		full: make(chan chunk, size), free: make(chan *[]byte, size+2),
+		quit: make(chan struct{}), done: make(chan struct{}),
+	}
+	for range size {
+		s.free <- nil // allocated when first used: most layers are small
+	}
+	go s.run(fill)
+	return s
+}
+
+func (s *stage) run(fill func([]byte) (int, error)) {
+	defer close(s.done)
 	for {
 		var b *[]byte
 		select {
-		case b = <-a.free:
-		case <-a.quit:
+		case b = <-s.free:
+		case <-s.quit:
 			return
 		}
 		if b == nil {
 			b = buffers.Get().(*[]byte)
 		}
-		c := chunk{buf: b}
-		for c.n < aheadBuffer && c.err == nil {
-			var n int
-			n, c.err = readSafely(r, (*b)[c.n:aheadBuffer])
-			c.n += n
-		}
-		err := c.err
+		n, err := safely(fill, *b)
 		select {
-		case a.full <- c:
-		case <-a.quit:
+		case s.full <- chunk{b, n, err}:
+		case <-s.quit:
 			return
 		}
 		if err != nil {
@@ -90,51 +72,100 @@ func (a *ahead) fill(r io.Reader) {
 	}
 }
 
-// readSafely turns a panic of a decoder into an error: it would end the daemon, and again
+// safely turns a panic of a decoder into an error: it would end the daemon, and again
 // at each retry of whoever wants the image.
-func readSafely(r io.Reader, p []byte) (n int, err error) {
+func safely(fill func([]byte) (int, error), b []byte) (n int, err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			n, err = 0, fmt.Errorf("decoder panic: %v: %w", v, ErrCorrupt)
 		}
 	}()
-	return r.Read(p)
+	return fill(b)
 }
 
-// Read implements io.Reader. It must not be called after stop.
-func (a *ahead) Read(p []byte) (int, error) {
-	for a.off == a.cur.n {
-		if a.cur.err != nil {
-			return 0, a.cur.err
-		}
-		if a.cur.buf != nil {
-			a.free <- a.cur.buf
-			a.cur = chunk{}
-		}
-		select {
-		case a.cur = <-a.full:
-		case <-a.quit:
-			return 0, io.ErrClosedPipe
-		}
-		a.off = 0
+// take waits for a chunk, or for stop.
+func (s *stage) take() chunk {
+	select {
+	case c := <-s.full:
+		return c
+	case <-s.quit:
+		return chunk{err: io.ErrClosedPipe}
 	}
-	n := copy(p, (*a.cur.buf)[a.off:a.cur.n])
-	a.off += n
-	return n, nil
 }
 
-func (a *ahead) stop() { a.quitOne.Do(func() { close(a.quit) }) }
+// back gives the buffer of a chunk back.
+func (s *stage) back(c chunk) {
+	if c.buf != nil {
+		s.free <- c.buf
+	}
+}
 
-// release gives the idle buffers to the next stream, after done.
-func (a *ahead) release() {
+func (s *stage) stop() { s.quitOne.Do(func() { close(s.quit) }) }
+
+// release waits for the goroutine and gives the idle buffers to the next stream.
+func (s *stage) release() {
+	<-s.done
 	for {
 		select {
-		case b := <-a.free:
+		case b := <-s.free:
 			if b != nil {
 				buffers.Put(b)
 			}
+		case c := <-s.full:
+			buffers.Put(c.buf)
 		default:
 			return
 		}
 	}
+}
+
+// reading is an io.Reader of the chunks of a stage. It must not be used after stop.
+type reading struct {
+	s   *stage
+	cur chunk
+	off int
+}
+
+// Read implements io.Reader.
+func (r *reading) Read(p []byte) (int, error) {
+	for r.off == r.cur.n {
+		if r.cur.err != nil {
+			return 0, r.cur.err
+		}
+		r.s.back(r.cur)
+		r.cur = r.s.take()
+		r.off = 0
+	}
+	n := copy(p, r.cur.bytes()[r.off:])
+	r.off += n
+	return n, nil
+}
+
+// hashing hashes and counts, and fails with over when it is more than limit bytes; -1 is
+// no limit.
+type hashing struct {
+	h     hash.Hash
+	n     int64
+	limit int64
+	over  error
+}
+
+func (h *hashing) add(b []byte) error {
+	h.n += int64(len(b))
+	if h.limit >= 0 && h.n > h.limit {
+		return h.over
+	}
+	h.h.Write(b)
+	return nil
+}
+
+// fillFrom reads until the buffer is full or the source has no more.
+func fillFrom(r io.Reader, b []byte) (n int, err error) {
+	b = b[gunzip.Window:]
+	for n < len(b) && err == nil {
+		var k int
+		k, err = r.Read(b[n:])
+		n += k
+	}
+	return n, err
 }

@@ -11,7 +11,6 @@ import (
 	"path"
 	"strconv"
 	"strings"
-	"sync"
 
 	"github.com/cespare/xxhash/v2"
 	"golang.org/x/sys/unix"
@@ -21,11 +20,8 @@ const (
 	whiteoutPrefix = ".wh."
 	whiteoutMeta   = ".wh..wh."
 	whiteoutOpaque = ".wh..wh..opq"
-	copyBuffer     = 256 << 10
 	blockSize      = 4 << 10
 )
-
-var buffers = sync.Pool{New: func() any { b := make([]byte, copyBuffer); return &b }}
 
 // Apply unpacks the tar archive r into root, an empty directory, and reads r to its
 // end. ctx is looked at between entries and buffers; to end a read that hangs is the
@@ -39,11 +35,18 @@ func Apply(ctx context.Context, root *os.File, r io.Reader, opts Options) (Resul
 	}
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
-	a := &applier{ctx: ctx, opts: opts, buf: *buf, umask: umask(), root: int(root.Fd()), made: map[string]bool{}}
+	a := &applier{ctx: ctx, opts: opts, umask: umask(), root: int(root.Fd()), made: map[string]bool{}}
+	src, ok := r.(Chunks)
+	if !ok {
+		second := buffers.Get().(*[]byte)
+		defer buffers.Put(second)
+		src = chunked{r, *second}
+	}
+	a.tar = archive{src: src, buf: *buf}
 	a.log = newManifestWriter(opts.Manifest)
 	a.dirs = newDirs(a.root, opts.MaxEntries, &a.log)
 	defer a.dirs.forget()
-	err := a.all(r)
+	err := a.all()
 	if err == nil {
 		err = a.log.finish()
 	}
@@ -67,7 +70,7 @@ type applier struct {
 	opts   Options
 	root   int
 	dirs   *dirs
-	buf    []byte
+	tar    archive
 	umask  uint32
 	bytes  int64
 	result Result
@@ -81,13 +84,12 @@ type applier struct {
 	made map[string]bool
 }
 
-func (a *applier) all(r io.Reader) error {
-	tr := tar.NewReader(r)
+func (a *applier) all() error {
 	for {
 		if err := a.ctx.Err(); err != nil {
 			return context.Cause(a.ctx)
 		}
-		h, err := tr.Next()
+		h, err := a.tar.next()
 		if err == io.EOF {
 			break
 		}
@@ -97,7 +99,7 @@ func (a *applier) all(r io.Reader) error {
 		if a.result.Entries++; a.result.Entries > a.opts.MaxEntries {
 			return fmt.Errorf("more than %d entries: %w", a.opts.MaxEntries, ErrTooLarge)
 		}
-		if err := a.entry(h, tr); err != nil {
+		if err := a.entry(h); err != nil {
 			return entryError(h.Name, err)
 		}
 	}
@@ -106,7 +108,7 @@ func (a *applier) all(r io.Reader) error {
 	}
 	// Padding after the archive's end counts for the digests. A stream is hashed as
 	// it is read, so it must be read to the end.
-	if _, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{r}, a.buf); err != nil {
+	if err := a.tar.drain(); err != nil {
 		return streamError(err)
 	}
 	return nil
@@ -122,7 +124,7 @@ func streamError(err error) error {
 }
 
 // entry makes one archive entry.
-func (a *applier) entry(h *tar.Header, body io.Reader) error {
+func (a *applier) entry(h *tar.Header) error {
 	switch h.Typeflag {
 	case tar.TypeXGlobalHeader:
 		return nil
@@ -154,7 +156,7 @@ func (a *applier) entry(h *tar.Header, body io.Reader) error {
 	if h.Typeflag == tar.TypeDir {
 		return a.mkdir(at, h)
 	}
-	return a.create(at, h, body)
+	return a.create(at, h)
 }
 
 // place is where an entry goes.
@@ -166,9 +168,9 @@ type place struct {
 }
 
 // create makes anything but a directory, replacing what is there.
-func (a *applier) create(at place, h *tar.Header, body io.Reader) error {
+func (a *applier) create(at place, h *tar.Header) error {
 	for range 2 {
-		err := a.createOnce(at, h, body)
+		err := a.createOnce(at, h)
 		if err != unix.EEXIST {
 			return err
 		}
@@ -181,7 +183,7 @@ func (a *applier) create(at place, h *tar.Header, body io.Reader) error {
 	return unix.EEXIST
 }
 
-func (a *applier) createOnce(at place, h *tar.Header, body io.Reader) error {
+func (a *applier) createOnce(at place, h *tar.Header) error {
 	mode := uint32(h.Mode) & 0o7777
 	r := record{kind: kindSymlink, path: at.real, mode: mode}
 	var err error
@@ -205,7 +207,7 @@ func (a *applier) createOnce(at place, h *tar.Header, body io.Reader) error {
 		r.kind = kindFifo
 		err = unix.Mknodat(at.parent, at.base, unix.S_IFIFO|mode&0o777, 0)
 	default:
-		return a.file(at, mode, h, body)
+		return a.file(at, mode, h)
 	}
 	if err != nil {
 		return err
@@ -216,7 +218,7 @@ func (a *applier) createOnce(at place, h *tar.Header, body io.Reader) error {
 
 // file makes a regular file. It costs an openat, a write, a utimensat and a close
 // when owner, mode and attributes are those that a new file has anyway.
-func (a *applier) file(at place, mode uint32, h *tar.Header, body io.Reader) error {
+func (a *applier) file(at place, mode uint32, h *tar.Header) error {
 	if h.Size > a.opts.MaxBytes-a.bytes {
 		return fmt.Errorf("more than %d bytes: %w", a.opts.MaxBytes, ErrTooLarge)
 	}
@@ -227,7 +229,7 @@ func (a *applier) file(at place, mode uint32, h *tar.Header, body io.Reader) err
 	defer unix.Close(fd)
 	a.bytes += h.Size
 	a.result.Inodes++
-	written, err := a.copy(fd, h, body)
+	written, err := a.copy(fd, h)
 	if err != nil {
 		return err
 	}
@@ -247,7 +249,7 @@ func openNew(parent int, base string, mode uint32) (int, error) {
 
 // copy writes the contents and returns the bytes allocated, roughly. Of sparse
 // entries, blocks of zeros stay holes.
-func (a *applier) copy(fd int, h *tar.Header, body io.Reader) (int64, error) {
+func (a *applier) copy(fd int, h *tar.Header) (int64, error) {
 	sparse := isSparse(h)
 	var off, allocated int64
 	a.sum.Reset()
@@ -255,25 +257,22 @@ func (a *applier) copy(fd int, h *tar.Header, body io.Reader) (int64, error) {
 		if err := a.ctx.Err(); err != nil {
 			return 0, context.Cause(a.ctx)
 		}
-		n, err := io.ReadFull(body, a.buf[:min(int64(len(a.buf)), h.Size-off)])
+		b, err := a.tar.some(h.Size - off)
 		if err != nil {
-			if err == io.EOF {
-				err = io.ErrUnexpectedEOF
-			}
 			return 0, streamError(err)
 		}
 		if a.log.wanted() {
-			a.sum.Write(a.buf[:n])
+			a.sum.Write(b)
 		}
-		if sparse && allZero(a.buf[:n]) {
-			off += int64(n)
+		at := off
+		off += int64(len(b))
+		if sparse && allZero(b) {
 			continue
 		}
-		if err := writeAt(fd, a.buf[:n], off); err != nil {
+		if err := writeAt(fd, b, at); err != nil {
 			return 0, err
 		}
-		off += int64(n)
-		allocated += (int64(n) + blockSize - 1) &^ (blockSize - 1)
+		allocated += (off+blockSize-1)&^(blockSize-1) - at&^(blockSize-1)
 	}
 	if sparse {
 		return allocated, unix.Ftruncate(fd, h.Size)
@@ -455,16 +454,28 @@ func cleanName(name string) (string, error) {
 	if strings.IndexByte(name, 0) >= 0 {
 		return "", fmt.Errorf("NUL in name: %w", ErrUnsafe)
 	}
-	for part := range strings.SplitSeq(name, "/") {
-		if part == ".." {
-			return "", fmt.Errorf("\"..\" in name: %w", ErrUnsafe)
+	clean := true // but for what is cut off here
+	out := strings.TrimSuffix(strings.TrimPrefix(name, "./"), "/")
+	for start := 0; start <= len(out); {
+		part := out[start:]
+		if i := strings.IndexByte(part, '/'); i >= 0 {
+			part = part[:i]
 		}
+		switch part {
+		case "..":
+			return "", fmt.Errorf("\"..\" in name: %w", ErrUnsafe)
+		case "", ".":
+			clean = false
+		}
+		start += len(part) + 1
 	}
-	name = strings.TrimPrefix(path.Clean("/"+name), "/")
-	if len(name) >= unix.PathMax {
-		return "", fmt.Errorf("name of %d bytes, at most %d: %w", len(name), unix.PathMax-1, ErrUnsafe)
+	if !clean {
+		out = strings.TrimPrefix(path.Clean("/"+name), "/")
 	}
-	return name, nil
+	if len(out) >= unix.PathMax {
+		return "", fmt.Errorf("name of %d bytes, at most %d: %w", len(out), unix.PathMax-1, ErrUnsafe)
+	}
+	return out, nil
 }
 
 func clip(s string) string {

@@ -1,17 +1,15 @@
 package layer
 
 import (
-	"bytes"
 	_ "crypto/sha256" // digests that Open can verify
 	_ "crypto/sha512"
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/berthd/berth/imageservice/layer/gunzip"
 )
 
 // Blob says what a layer's stream must be.
@@ -21,6 +19,9 @@ type Blob struct {
 	DiffID    digest.Digest // of the archive inside
 	Size      int64         // of the stream; -1 if not known
 	MaxBytes  int64         // bound of the archive; 0 for none
+	// PlainGzip has gzip decompressed by the widely used decoder in place of package
+	// gunzip: slower, for comparison.
+	PlainGzip bool
 }
 
 const (
@@ -31,17 +32,29 @@ const (
 	archiveAhead = 4
 	// maxZstdWindow bounds what a frame may make the decoder allocate.
 	maxZstdWindow = 64 << 20
+	// zstdMemory is shared by the windows of all streams at a time, of which a stream
+	// counts as one of minZstdWeight at least. A stream with a larger window than that
+	// runs alone.
+	zstdMemory    = 24 << 20
+	minZstdWeight = int64(8 << 20)
 )
 
-// Stream is the archive of a layer. Its Read returns io.EOF only when all of the stream
-// was read and both digests are right, and ErrDigest otherwise.
+// Stream is the archive of a layer. Its Read and Chunk return io.EOF only when all of the
+// stream was read and both digests are right, and ErrDigest otherwise.
+//
+//	source -> hash, goroutine -> decompress, goroutine -> hash, goroutine -> Chunk
 type Stream struct {
-	source  io.Closer
-	blob    Blob
-	raw     *hashed
-	tar     *hashed
-	stages  []*ahead // source first
-	checked error    // what Read returns at the end, once known
+	source io.Closer
+	blob   Blob
+	raw    hashing
+	tar    hashing
+	// The stages. A buffer of the second goes through the third and back.
+	received, decoded, digested *stage
+	stored                      *reading // of the first
+	decoder                     decompressor
+	cur                         chunk
+	off                         int
+	checked                     error // what Read returns at the end, once known
 }
 
 // Open begins to read src, which belongs to the stream from now on. It returns at once;
@@ -54,39 +67,103 @@ func Open(src io.ReadCloser, b Blob) (*Stream, error) {
 		}
 	}
 	s := &Stream{source: src, blob: b}
-	s.raw = &hashed{r: src, h: b.Digest.Algorithm().Hash(), limit: b.Size,
+	s.raw = hashing{h: b.Digest.Algorithm().Hash(), limit: b.Size,
 		over: fmt.Errorf("more than the %d bytes that the manifest states: %w", b.Size, ErrDigest)}
 	if b.Size < 0 {
 		s.raw.limit = -1
 	}
-	first := newAhead(s.raw, sourceAhead)
-	s.tar = &hashed{r: &decompressor{src: first, mediaType: b.MediaType}, h: b.DiffID.Algorithm().Hash(), limit: -1,
-		over: fmt.Errorf("more than %d bytes unpacked: %w", b.MaxBytes, ErrTooLarge)}
+	s.tar = hashing{h: b.DiffID.Algorithm().Hash(), limit: -1, over: fmt.Errorf("more than %d bytes unpacked: %w", b.MaxBytes, ErrTooLarge)}
 	if b.MaxBytes > 0 {
 		s.tar.limit = b.MaxBytes
 	}
-	s.stages = []*ahead{first, newAhead(s.tar, archiveAhead)}
+	var ended error
+	s.received = start(sourceAhead, func(buf []byte) (n int, err error) {
+		if ended == nil {
+			n, ended = fillFrom(src, buf)
+			err = s.raw.add(buf[gunzip.Window : gunzip.Window+n])
+		}
+		if n == 0 && err == nil {
+			err = ended
+		}
+		if err != nil {
+			n = 0
+		}
+		return n, err
+	})
+	s.stored = &reading{s: s.received}
+	s.decoder = decompressor{src: s.stored, blob: b, quit: s.received.quit}
+	s.decoded = start(archiveAhead, s.decoder.Fill)
+	s.digested = s.startDigest()
 	return s, nil
+}
+
+// startDigest is a stage that has no buffers of its own: it passes on those of the stage
+// before, to which Chunk gives them back.
+func (s *Stream) startDigest() *stage {
+	d := &stage{full: make(chan chunk, 1), quit: s.decoded.quit, done: make(chan struct{})}
+	go func() {
+		defer close(d.done)
+		for {
+			c := s.decoded.take()
+			if c.err == nil {
+				if c.err = s.tar.add(c.bytes()); c.err != nil {
+					c.n = 0
+				}
+			}
+			select {
+			case d.full <- c:
+			case <-d.quit:
+				return
+			}
+			if c.err != nil {
+				return
+			}
+		}
+	}()
+	return d
+}
+
+// Chunk implements Chunks.
+func (s *Stream) Chunk() ([]byte, error) {
+	if s.off < s.cur.n { // left by Read
+		b := s.cur.bytes()[s.off:]
+		s.off = s.cur.n
+		return b, nil
+	}
+	if s.checked != nil {
+		return nil, s.checked
+	}
+	s.decoded.back(s.cur)
+	s.cur = chunk{}
+	s.cur = s.digested.take()
+	s.off = s.cur.n
+	if s.cur.err == io.EOF {
+		s.checked = s.verify()
+	} else {
+		s.checked = s.cur.err
+	}
+	if s.checked != nil {
+		return nil, s.checked
+	}
+	return s.cur.bytes(), nil
 }
 
 // Read implements io.Reader.
 func (s *Stream) Read(p []byte) (int, error) {
-	if s.checked != nil {
-		return 0, s.checked
+	b, err := s.Chunk()
+	if err != nil {
+		return 0, err
 	}
-	n, err := s.stages[1].Read(p)
-	if err == io.EOF {
-		s.checked = s.verify()
-		err = s.checked
-	}
-	return n, err
+	n := copy(p, b)
+	s.off -= len(b) - n
+	return n, nil
 }
 
 // verify runs when the last stage saw the end, which is after the stages before it, so
 // that no goroutine is using the hashes.
 func (s *Stream) verify() error {
 	// A decompressor may stop before the end of its input.
-	if _, err := io.Copy(io.Discard, s.stages[0]); err != nil {
+	if _, err := io.Copy(io.Discard, s.stored); err != nil {
 		return err
 	}
 	if got := digest.NewDigest(s.blob.Digest.Algorithm(), s.raw.h); got != s.blob.Digest {
@@ -105,9 +182,9 @@ func (s *Stream) Blame(err error) error {
 	if !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrUnsafe) && !errors.Is(err, ErrUnsupported) {
 		return err
 	}
-	s.stages[1].stop()
-	<-s.stages[1].done
-	if _, drained := io.Copy(io.Discard, s.stages[0]); drained != nil {
+	s.decoded.stop()
+	<-s.decoded.done
+	if _, drained := io.Copy(io.Discard, s.stored); drained != nil {
 		return err
 	}
 	if got := digest.NewDigest(s.blob.Digest.Algorithm(), s.raw.h); got != s.blob.Digest {
@@ -123,88 +200,16 @@ func (s *Stream) Received() int64 { return s.raw.n }
 // Close closes the source and waits for the stages to end.
 func (s *Stream) Close() error {
 	err := s.source.Close()
-	for _, st := range s.stages {
-		st.stop()
-	}
-	for _, st := range s.stages {
-		<-st.done
-		st.release()
-	}
-	return err
-}
-
-// decompressor finds the compression at the first Read, in the goroutine of its stage.
-type decompressor struct {
-	src       io.Reader
-	mediaType string
-	r         io.Reader
-	err       error
-}
-
-func (d *decompressor) Read(p []byte) (int, error) {
-	if d.r == nil && d.err == nil {
-		d.r, d.err = decompress(d.src, d.mediaType)
-	}
-	if d.err != nil {
-		return 0, d.err
-	}
-	n, err := d.r.Read(p)
-	if err != nil {
-		err = decompressError(err)
-		if z, ok := d.r.(*zstd.Decoder); ok {
-			z.Close()
-		}
-		d.err = err
-	}
-	return n, err
-}
-
-var (
-	magicGzip = []byte{0x1f, 0x8b}
-	magicZstd = []byte{0x28, 0xb5, 0x2f, 0xfd}
-	// magicOther are formats that a registry may serve and that berth does not read;
-	// without them the error would be that of a broken tar.
-	magicOther = map[string][]byte{"bzip2": []byte("BZh"), "xz": {0xfd, '7', 'z', 'X', 'Z'}, "lz4": {0x04, 0x22, 0x4d, 0x18}}
-)
-
-// decompress goes by the first bytes, since media types are often wrong, and by the media
-// type where they do not tell: a zstd stream may begin with a skippable frame.
-func decompress(src io.Reader, mediaType string) (io.Reader, error) {
-	head := make([]byte, 6)
-	n, err := io.ReadFull(src, head)
-	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
-		return nil, err
-	}
-	head = head[:n]
-	all := io.MultiReader(bytes.NewReader(head), src)
-	skippable := n >= 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:4], []byte{0x2a, 0x4d, 0x18})
-	switch {
-	case bytes.HasPrefix(head, magicGzip):
-		r, err := gzip.NewReader(all)
-		if err != nil {
-			return nil, decompressError(err)
-		}
-		return r, nil
-	case bytes.HasPrefix(head, magicZstd), skippable && strings.Contains(mediaType, "zstd"):
-		return zstd.NewReader(all, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxZstdWindow))
-	}
-	for name, magic := range magicOther {
-		if bytes.HasPrefix(head, magic) {
-			return nil, fmt.Errorf("compression %s: %w", name, ErrUnsupported)
-		}
-	}
-	return all, nil
-}
-
-func decompressError(err error) error {
-	switch {
-	case err == io.EOF:
-		return err
-	case errors.Is(err, zstd.ErrWindowSizeExceeded), errors.Is(err, zstd.ErrDecoderSizeExceeded):
-		return fmt.Errorf("zstd window larger than %d bytes: %w", maxZstdWindow, ErrTooLarge)
-	case errors.Is(err, gzip.ErrHeader), errors.Is(err, gzip.ErrChecksum), errors.Is(err, io.ErrUnexpectedEOF),
-		errors.Is(err, zstd.ErrMagicMismatch), errors.Is(err, zstd.ErrCRCMismatch), strings.HasPrefix(err.Error(), "flate:"):
-		return fmt.Errorf("%w: %w", ErrCorrupt, err)
-	}
+	s.received.stop()
+	s.decoded.stop()
+	<-s.digested.done
+	<-s.decoded.done // from here on nobody else uses what follows
+	s.decoded.back(s.cur)
+	s.cur, s.off = chunk{}, 0
+	s.received.back(s.stored.cur)
+	s.stored.cur, s.stored.off = chunk{err: io.ErrClosedPipe}, 0
+	s.decoder.close()
+	s.decoded.release()
+	s.received.release()
 	return err
 }

@@ -291,7 +291,7 @@ func (v *verifier) content(parent int, base string, r *record) {
 	}
 	defer unix.Close(fd)
 	if v.buf == nil {
-		v.buf = make([]byte, copyBuffer)
+		v.buf = make([]byte, 256<<10)
 	}
 	sum := xxhash.New()
 	for v.ctx.Err() == nil {
