@@ -13,16 +13,21 @@ type Config struct {
 	// file system: that in which the snapshotter keeps its layers.
 	LayersDir string
 	// ManifestsDir is where it is kept what each layer holds, for VerifyLayer: a
-	// directory on a file system that the snapshotter's Sync makes durable. It is made with mode 0700. "" means that it is not kept.
+	// directory on a file system that the snapshotter's Sync makes durable. It is made
+	// with mode 0700. "" means that it is not kept.
 	ManifestsDir string
 	// SnapshotsDir is where the snapshotter keeps writable layers. When it is on another
 	// file system than LayersDir, FsUsage tells about both. "" means that it is not.
 	SnapshotsDir string
 
 	// MaxConcurrentLayers bounds the layers that are downloaded and unpacked at the
-	// same time, over all pulls: 1 to 64, default 6. Each takes about 3 MiB of
-	// memory, and up to 64 MiB more for a zstd layer made with a window of that size.
+	// same time, over all pulls: 1 to 64, default 6. Each takes about 2 MiB of
+	// memory; zstd layers share 24 MiB more for their windows and wait for each other,
+	// so that only one with a larger window, of up to 64 MiB, takes more.
 	MaxConcurrentLayers int
+	// Gunzip is the decoder of gzip layers: "fast", the default, is berth's own;
+	// "klauspost" is the widely used one, in case the former were at fault.
+	Gunzip string
 	// MaxLayerBytes bounds one unpacked layer: default 256 GiB.
 	MaxLayerBytes int64
 	// MaxLayerEntries bounds the archive entries of one layer: default 1048576.
@@ -92,6 +97,12 @@ type Config struct {
 	PinnedImages []string
 }
 
+// The values of Config.Gunzip.
+const (
+	gunzipFast      = "fast"
+	gunzipKlauspost = "klauspost"
+)
+
 const (
 	maxConcurrentLayers = 64
 	maxConfigBytes      = 8 << 20
@@ -127,6 +138,9 @@ func (c Config) withDefaults() (Config, error) {
 	if c.UnqualifiedRegistry == "" {
 		c.UnqualifiedRegistry = "docker.io"
 	}
+	if c.Gunzip == "" {
+		c.Gunzip = gunzipFast
+	}
 	if c.OS == "" {
 		c.OS = "linux"
 	}
@@ -137,6 +151,9 @@ func (c Config) withDefaults() (Config, error) {
 }
 
 func (c Config) validate() error {
+	if c.Gunzip != gunzipFast && c.Gunzip != gunzipKlauspost {
+		return fmt.Errorf("images config: Gunzip = %q: must be %q or %q", c.Gunzip, gunzipFast, gunzipKlauspost)
+	}
 	for _, f := range []struct {
 		name        string
 		v, min, max int64

@@ -133,7 +133,7 @@ func (s *Service) beginImport(ctx context.Context, what string) (context.Context
 	return own, p, func() {
 		cancel(nil)
 		s.mu.Lock()
-		delete(s.pulls, key)
+		s.forgetPullLocked(key)
 		s.mu.Unlock()
 		close(p.done)
 		s.wg.Done()

@@ -215,6 +215,7 @@ func (s *Service) unpack(ctx context.Context, l layerRow, key string, r layerByt
 	record.enter(layerPulling)
 	st, err := layer.Open(r, layer.Blob{
 		MediaType: l.MediaType, Digest: digest.Digest(l.Digest), DiffID: digest.Digest(l.DiffID), Size: l.Size, MaxBytes: s.cfg.MaxLayerBytes,
+		PlainGzip: s.cfg.Gunzip == gunzipKlauspost,
 	})
 	if err != nil {
 		return res, "", classify(err)

@@ -196,7 +196,7 @@ func (s *Service) fly(ctx context.Context, key pullKey, p *pull, names []candida
 		log.V(2).Info("Pull done", "took", time.Since(p.began), "image", p.image.ID)
 	}
 	s.mu.Lock()
-	delete(s.pulls, key)
+	s.forgetPullLocked(key)
 	if p.orphan != nil {
 		p.orphan.Stop()
 	}

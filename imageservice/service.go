@@ -51,6 +51,7 @@ type Service struct {
 	closed     bool
 	retrying   bool // a collection that failed
 	pulls      map[pullKey]*pull
+	trim       *time.Timer        // runs trimNow; nil before the first pull
 	flights    map[string]*flight // by chain ID
 	extracting map[string]bool    // snapshot keys in use
 	damaged    map[string]string  // chain ID -> reason; a copy of damagedRows
@@ -95,6 +96,9 @@ func (s *Service) Close() error {
 		close(s.done)
 	}
 	s.closed = true
+	if s.trim != nil {
+		s.trim.Stop()
+	}
 	for _, p := range s.pulls {
 		p.cancel(ErrClosed)
 	}

@@ -538,7 +538,7 @@ func TestConfigLimits(t *testing.T) {
 	for text, c := range map[string]Config{
 		"MaxConcurrentLayers = 65": {MaxConcurrentLayers: 65}, "MaxConfigBytes = 9000000": {MaxConfigBytes: 9000000},
 		"StallTimeout = -1s": {StallTimeout: -time.Second}, "PinnedImages \"[\"": {PinnedImages: []string{"["}},
-		"UnqualifiedRegistry \"a b\"": {UnqualifiedRegistry: "a b"},
+		"UnqualifiedRegistry \"a b\"": {UnqualifiedRegistry: "a b"}, "Gunzip = \"slow\"": {Gunzip: "slow"},
 	} {
 		if _, err := c.withDefaults(); err == nil || !strings.Contains(err.Error(), text) {
 			t.Errorf("got %v, want an error with %q", err, text)

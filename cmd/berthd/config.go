@@ -56,6 +56,7 @@ type config struct {
 	PreloadDir                                       string
 	PreloadPin                                       bool
 	MaxConcurrentLayers, MaxLayerBytes               int64
+	Gunzip                                           string
 	PullTimeout, PullStallTimeout, PullOrphanTimeout time.Duration
 	PullMinRate, PullRetries, PullParallelRanges     int64
 
@@ -183,6 +184,8 @@ func (c *config) fields() []*field {
 			"Pin what is imported from preload_dir, so that the kubelet does not remove it."),
 		integer(&c.MaxConcurrentLayers, "max_concurrent_layers", 6, 1, 64,
 			"How many image layers are downloaded and unpacked at once, over all pulls."),
+		choice(&c.Gunzip, "gunzip", []string{"fast", "klauspost"},
+			"The decoder of gzip layers: berth's own, or the widely used one, which takes twice the processor time."),
 		size(&c.MaxLayerBytes, "max_layer_bytes", 256<<30, 1<<20, 1<<50,
 			"How large one layer may become when it is unpacked."),
 		duration(&c.PullTimeout, "pull_timeout", time.Hour, time.Second, 24*time.Hour,

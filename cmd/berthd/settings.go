@@ -51,7 +51,7 @@ func (c *config) images() imageservice.Config {
 		LayersDir:           filepath.Join(c.StateDir, "layers"),
 		ManifestsDir:        filepath.Join(c.StateDir, "manifests"),
 		SnapshotsDir:        filepath.Join(c.StateDir, "snapshots"),
-		MaxConcurrentLayers: int(c.MaxConcurrentLayers), MaxLayerBytes: c.MaxLayerBytes,
+		MaxConcurrentLayers: int(c.MaxConcurrentLayers), MaxLayerBytes: c.MaxLayerBytes, Gunzip: c.Gunzip,
 		PullTimeout: c.PullTimeout, StallTimeout: c.PullStallTimeout, OrphanTimeout: c.PullOrphanTimeout,
 		MinRate: c.PullMinRate, Retries: int(c.PullRetries), ParallelRanges: int(c.PullParallelRanges),
 		RegistriesConf: c.RegistriesConf, RegistriesConfDir: c.RegistriesConfDir, RegistriesDir: c.RegistriesDir,

@@ -21,6 +21,8 @@ const (
 	whiteoutMeta   = ".wh..wh."
 	whiteoutOpaque = ".wh..wh..opq"
 	blockSize      = 4 << 10
+	// sparseStep is the size of the holes that are looked for in sparse files.
+	sparseStep = 64 << 10
 )
 
 // Apply unpacks the tar archive r into root, an empty directory, and reads r to its
@@ -257,7 +259,11 @@ func (a *applier) copy(fd int, h *tar.Header) (int64, error) {
 		if err := a.ctx.Err(); err != nil {
 			return 0, context.Cause(a.ctx)
 		}
-		b, err := a.tar.some(h.Size - off)
+		want := h.Size - off
+		if sparse {
+			want = min(want, sparseStep-off%sparseStep)
+		}
+		b, err := a.tar.some(want)
 		if err != nil {
 			return 0, streamError(err)
 		}

@@ -40,6 +40,16 @@ func hostile(outside string) map[string][]entry {
 		"dangling link to the top": {symlink("a", "/"), symlink("b", "../../.."), file("a/x", ""), file("b/y", ""), file("a/a/a/b/b/z", "")},
 		"root metadata":            {symlink(".", outside), dir("/", 0o4777), dir("./", 0o777)},
 		"empty names":              {symlink("/", outside), symlink("//", outside), symlink("", outside), hardlink("./", outside+"/victim")},
+		"hardlink to a directory":  {dir("d", 0o755), hardlink("h", "d"), file("h/x", ""), hardlink("r", "."), hardlink("o", outside)},
+		"hardlink replaced":        {file("a", "1"), hardlink("b", "a"), symlink("a", outside+"/victim"), file("b", "2"), hardlink("c", "a"), file("c", "3")},
+		"whiteouts of odd names": {file(".wh. ", ""), file(".wh..wh..wh.x", ""), file(".wh.\n", ""), file(".wh.\xff", ""), symlink(".wh.l", outside),
+			dir(".wh.d", 0o755), file("d/.wh..wh..opq/x", ""), hardlink(".wh.h", "/victim"), file(".wh.l/victim", "overwritten")},
+		"directory for a file":      {symlink("p", outside), dir("p", 0o755), file("p/victim", "inside"), file("p", ""), symlink("p", outside), file("p/victim", "out")},
+		"file for a full directory": {dir("d", 0o755), symlink("d/l", outside), file("d/e/f/g", ""), file("d", "")},
+		"devices": {{tar.Header{Typeflag: tar.TypeChar, Name: "c", Mode: 0o666, Devmajor: 1, Devminor: 1}, ""}, file("c/x", ""), hardlink("m", "c"), file("m", "x"),
+			{tar.Header{Typeflag: tar.TypeChar, Name: "w", Mode: 0o666}, ""}, file("w/x", "")},
+		"long link target":            {symlink("l", strings.Repeat("x", 5000)), file("l/x", "")},
+		"names of 255 bytes and more": {file(strings.Repeat("n", 255), ""), file(strings.Repeat("n", 256), "")},
 		"overlay attributes": {with(dir("d", 0o755), func(h *tar.Header) {
 			h.PAXRecords = map[string]string{xattrRecord + "trusted.overlay.redirect": outside, xattrRecord + "trusted.overlay.metacopy": ""}
 		})},

@@ -27,7 +27,7 @@ type Blob struct {
 const (
 	// The stages of a stream hand over full buffers, so that download, decompression
 	// and unpacking overlap. Memory of a stream: sourceAhead+archiveAhead buffers.
-	aheadBuffer  = 256 << 10
+	aheadBuffer  = 128 << 10
 	sourceAhead  = 4
 	archiveAhead = 4
 	// maxZstdWindow bounds what a frame may make the decoder allocate.

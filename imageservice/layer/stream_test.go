@@ -54,20 +54,22 @@ func TestStream(t *testing.T) {
 			if name == "zstd chunked" && size == 0 {
 				continue
 			}
-			s, err := Open(io.NopCloser(bytes.NewReader(raw)), Blob{
-				MediaType: "application/vnd.oci.image.layer.v1.tar+zstd",
-				Digest:    digest.FromBytes(raw), DiffID: digest.SHA512.FromBytes(plain), Size: int64(len(raw)),
-			})
-			if err != nil {
-				t.Fatal(err)
-			}
-			got, err := io.ReadAll(s)
-			if err != nil || !bytes.Equal(got, plain) {
-				t.Errorf("%s of %d: %d bytes, %v", name, size, len(got), err)
-			}
-			s.Close()
-			if s.Received() != int64(len(raw)) {
-				t.Errorf("%s of %d: received %d, want %d", name, size, s.Received(), len(raw))
+			for _, klauspost := range []bool{false, true} {
+				s, err := Open(io.NopCloser(bytes.NewReader(raw)), Blob{
+					MediaType: "application/vnd.oci.image.layer.v1.tar+zstd", PlainGzip: klauspost,
+					Digest: digest.FromBytes(raw), DiffID: digest.SHA512.FromBytes(plain), Size: int64(len(raw)),
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				got, err := io.ReadAll(s)
+				if err != nil || !bytes.Equal(got, plain) {
+					t.Errorf("%s of %d: %d bytes, %v", name, size, len(got), err)
+				}
+				s.Close()
+				if s.Received() != int64(len(raw)) {
+					t.Errorf("%s of %d: received %d, want %d", name, size, s.Received(), len(raw))
+				}
 			}
 		}
 	}
@@ -95,17 +97,27 @@ func TestStreamErrors(t *testing.T) {
 		{"bad gzip", strings.NewReader("\x1f\x8bnonsense"), Blob{Digest: good, DiffID: good, Size: -1}, ErrCorrupt},
 		{"xz", strings.NewReader("\xfd7zXZ\x00\x00"), Blob{Digest: good, DiffID: good, Size: -1}, ErrUnsupported},
 		{"zstd window", bytes.NewReader(big), Blob{Digest: good, DiffID: good, Size: -1}, ErrTooLarge},
+		{"garbage after gzip", strings.NewReader(string(raw) + "garbage garbage"), Blob{Digest: good, DiffID: good, Size: -1}, ErrCorrupt},
+		{"checksum of gzip", bytes.NewReader(append(bytes.Clone(raw[:len(raw)-8]), make([]byte, 8)...)), Blob{Digest: good, DiffID: good, Size: -1}, ErrCorrupt},
 		{"bomb", bytes.NewReader(bomb), Blob{Digest: good, DiffID: good, Size: -1, MaxBytes: 1 << 20}, ErrTooLarge},
 		{"source", io.MultiReader(bytes.NewReader(raw[:5000]), iotest.ErrReader(broken)), Blob{Digest: good, DiffID: good, Size: -1}, broken},
 	} {
-		s, err := Open(io.NopCloser(tc.src), tc.blob)
-		if err != nil {
-			t.Fatal(err)
+		all, _ := io.ReadAll(tc.src)
+		for _, klauspost := range []bool{false, true} {
+			tc.blob.PlainGzip = klauspost
+			var src io.Reader = bytes.NewReader(all)
+			if tc.name == "source" {
+				src = io.MultiReader(src, iotest.ErrReader(broken))
+			}
+			s, err := Open(io.NopCloser(src), tc.blob)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, s); !errors.Is(err, tc.want) {
+				t.Errorf("%s (klauspost %v): %v, want %v", tc.name, klauspost, err, tc.want)
+			}
+			s.Close()
 		}
-		if _, err := io.Copy(io.Discard, s); !errors.Is(err, tc.want) {
-			t.Errorf("%s: %v, want %v", tc.name, err, tc.want)
-		}
-		s.Close()
 	}
 	if _, err := Open(io.NopCloser(strings.NewReader("")), Blob{Digest: "sha256:zz", DiffID: good}); err == nil {
 		t.Error("malformed digest was taken")
@@ -170,5 +182,45 @@ func TestBlame(t *testing.T) {
 	defer s.Close()
 	if got := s.Blame(other); got != other {
 		t.Errorf("an error of another kind became %v", got)
+	}
+}
+
+// TestWindows: zstd layers with large windows run one after the other, and one that waits
+// can be closed.
+func TestWindows(t *testing.T) {
+	plain := make([]byte, 40<<20)
+	copy(plain[20<<20:], sample(20<<20))
+	raw := mustZstd(t, plain, zstd.WithWindowSize(32<<20), zstd.WithSingleSegment(false))
+	blob := Blob{Digest: digest.FromBytes(raw), DiffID: digest.FromBytes(plain), Size: int64(len(raw))}
+	open := func() *Stream {
+		s, err := Open(io.NopCloser(bytes.NewReader(raw)), blob)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	first := open()
+	if _, err := first.Chunk(); err != nil {
+		t.Fatal(err)
+	}
+	waiting, closed := open(), open()
+	select {
+	case c := <-waiting.digested.full:
+		t.Fatalf("two large windows at once: %d bytes, %v", c.n, c.err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	closed.Close()
+	if _, err := io.Copy(io.Discard, first); err != nil {
+		t.Fatal(err)
+	}
+	first.Close()
+	if n, err := io.Copy(io.Discard, waiting); err != nil || n != int64(len(plain)) {
+		t.Fatalf("after it: %d bytes, %v", n, err)
+	}
+	waiting.Close()
+	windows.mu.Lock()
+	defer windows.mu.Unlock()
+	if windows.free != zstdMemory {
+		t.Errorf("%d bytes of the budget are free, want all %d", windows.free, zstdMemory)
 	}
 }
