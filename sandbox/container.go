@@ -321,6 +321,9 @@ func (s *Service) resolveUser(plan *containerPlan) error {
 	if err != nil {
 		return err
 	}
+	if err := makeImageDirs(plan, root); err != nil {
+		return err
+	}
 	plan.in.User = u
 	plan.row.User = rowUser{UID: u.UID, GID: u.GID, Groups: u.AdditionalGIDs}
 	return nil

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -189,6 +191,32 @@ func volumeMounts(bundle string, volumes []imageVolume, mountLabel string, u *us
 		out = append(out, mounts...)
 	}
 	return out, nil
+}
+
+// maxImageDirs bounds how many directories an image may have made, and
+// maxImageDir the bytes of one's path.
+const (
+	maxImageDirs = 256
+	maxImageDir  = 4095
+)
+
+// makeImageDirs makes the directories that the image declares with VOLUME and does
+// not have. That is all that a declaration does: Kubernetes has volumes of its
+// own, and a program only counts on the directory.
+func makeImageDirs(plan *containerPlan, root *os.File) error {
+	declared := plan.image.Config.Volumes
+	if len(declared) > maxImageDirs {
+		return fmt.Errorf("%w: image %s: %d volumes, limit %d", ErrInvalid, plan.image.ID, len(declared), maxImageDirs)
+	}
+	for _, dir := range slices.Sorted(maps.Keys(declared)) {
+		if len(dir) > maxImageDir || strings.ContainsRune(dir, 0) {
+			return fmt.Errorf("%w: image %s: volume %.200q: not a path below %d bytes", ErrInvalid, plan.image.ID, dir, maxImageDir+1)
+		}
+		if err := snapshotter.MakeDir(plan.mounts, root, dir); err != nil {
+			return fmt.Errorf("image %s: volume: %w", plan.image.ID, err)
+		}
+	}
+	return nil
 }
 
 // removeSnapshots removes the writable layer of a container and its views.

@@ -233,3 +233,15 @@ func TestStopSignal(t *testing.T) {
 		t.Errorf("log %q, want SIGUSR2", text)
 	}
 }
+
+// TestImageVolumeDirectory: a directory that an image declares and does not have
+// is there, and can be written.
+func TestImageVolumeDirectory(t *testing.T) {
+	b := open(t)
+	got := b.pod().output(sh("stat -c '%F %a %u' /volume && echo x > /volume/f && cat /volume/f"), b.image(images.Settings), security(func(s *runtime.LinuxContainerSecurityContext) {
+		s.RunAsUser = &runtime.Int64Value{Value: 0}
+	}))
+	if got != "directory 755 0\nx\n" {
+		t.Errorf("/volume is %q", got)
+	}
+}
