@@ -105,7 +105,10 @@ func TestExecIdentity(t *testing.T) {
 		c.Linux.SecurityContext.RunAsGroup = &runtime.Int64Value{Value: 2345}
 		c.Linux.SecurityContext.SupplementalGroups = []int64{3456, 4567}
 	})
-	b.until("container's own IDs", func() bool { return strings.Contains(c.exec("cat", "/tmp/cgroup"), "\n") })
+	b.until("container's own IDs", func() bool {
+		r, err := c.tryExec(10, "cat", "/tmp/cgroup")
+		return err == nil && r.ExitCode == 0 && strings.Contains(string(r.Stdout), "\n")
+	})
 	if got := c.exec("/guest", "ids"); got != c.exec("cat", "/tmp/main") || !strings.Contains(got, "uid 1234 euid 1234 gid 2345") ||
 		!strings.Contains(got, "3456") || !strings.Contains(got, "4567") {
 		t.Errorf("exec has %q, the container %q", got, c.exec("cat", "/tmp/main"))
