@@ -38,7 +38,7 @@ func (s *Service) Remove(ctx context.Context, ref string) error {
 func (s *Service) dropImage(ref string, used map[string]bool) (string, error) {
 	s.commitMu.Lock()
 	defer s.commitMu.Unlock()
-	id, err := s.view.Load().find(ref, *s.search.Load())
+	id, err := s.findAny(ref)
 	if err != nil {
 		return "", err
 	}

@@ -9,6 +9,9 @@
 //     asked for: the index when the image is multi-arch.
 //   - layer: one unpacked tar stream, a committed snapshot named by its chain ID.
 //   - flight: a pull, or the unpacking of one layer, that several callers share.
+//   - manifest of a layer: what it held when it was unpacked, beside it on disk.
+//   - hidden: an image with a layer that a check after a crash found damaged; invisible
+//     until it is pulled or imported again, which makes that layer anew.
 //   - view: the immutable state that all reads use; a new one replaces it after
 //     each commit to the book, so that reads take no lock.
 //

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -69,7 +70,13 @@ func (s *Service) ImportStream(ctx context.Context, r io.Reader, o ImportOptions
 type openArchive func(ctx context.Context, opt archive.Options, progress func(int64)) (*archive.Archive, error)
 
 // importFrom is one import from begin to end.
-func (s *Service) importFrom(ctx context.Context, what string, o ImportOptions, open openArchive) ([]Image, error) {
+func (s *Service) importFrom(ctx context.Context, what string, o ImportOptions, open openArchive) (images []Image, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			klog.FromContext(ctx).Error(nil, "Panic in an import", "panic", v, "stack", string(debug.Stack()))
+			err = fmt.Errorf("import: panic: %v: %w", v, ErrInvalidImage)
+		}
+	}()
 	if o.Report == nil {
 		o.Report = func(ImportReport) {}
 	}
@@ -91,7 +98,6 @@ func (s *Service) importFrom(ctx context.Context, what string, o ImportOptions, 
 	if err := checkImportName(o.Name, found); err != nil {
 		return nil, err
 	}
-	var images []Image
 	var errs []error
 	for i := range found {
 		img, present, err := s.importOne(ctx, p, a, &found[i], o, r)

@@ -217,6 +217,57 @@ func (s *Service) checkLayer(ctx context.Context, locator snapshotter.Locator, c
 	return s.manifests.plausible(chain, usage.Inodes)
 }
 
+// unhide shows the images again that were hidden for layers that have been made anew since,
+// by a pull of another image.
+func (s *Service) unhide(ctx context.Context) error {
+	var ids []string
+	for id, r := range s.view.Load().rows {
+		if r.Damaged && !slices.ContainsFunc(r.Layers, func(l layerRow) bool { return s.isDamaged(l.ChainID) }) {
+			klog.FromContext(ctx).Info("Image shown again, its damaged layers have been replaced", "image", id, "tags", r.Tags)
+			ids = append(ids, id)
+		}
+	}
+	if len(ids) == 0 {
+		return nil
+	}
+	return s.commit(ids, func(_ string, old *imageRow) *imageRow {
+		if old == nil {
+			return nil // removed meanwhile
+		}
+		r := *old
+		r.Damaged = false
+		return &r
+	}, nil)
+}
+
+// findHidden finds an image that a check after a crash has hidden, by its ID or a name.
+func (s *Service) findHidden(ref string) (id string, ok bool) {
+	names := []string{ref}
+	if c, err := candidates(ref, *s.search.Load()); err == nil {
+		for _, n := range c {
+			names = append(names, n.String())
+		}
+	}
+	for id, r := range s.view.Load().rows {
+		if r.Damaged && (id == ref || strings.TrimPrefix(id, "sha256:") == ref ||
+			slices.ContainsFunc(r.names(), func(n string) bool { return slices.Contains(names, n) })) {
+			return id, true
+		}
+	}
+	return "", false
+}
+
+// findAny is view.find that knows of hidden images as well.
+func (s *Service) findAny(ref string) (string, error) {
+	id, err := s.view.Load().find(ref, *s.search.Load())
+	if errors.Is(err, ErrNotFound) {
+		if id, ok := s.findHidden(ref); ok {
+			return id, nil
+		}
+	}
+	return id, err
+}
+
 // forgetHidden removes the rows of images that an earlier start hid and nobody pulled
 // again, but for pinned ones, which somebody wants.
 func (s *Service) forgetHidden(ctx context.Context) error {

@@ -232,3 +232,46 @@ func TestRepairFails(t *testing.T) {
 		t.Errorf("content %q, %v", b, err)
 	}
 }
+
+// TestSharedDamage: images that share a damaged layer are all shown again when one of them
+// has been pulled; and a hidden one can be removed.
+func TestSharedDamage(t *testing.T) {
+	n := newNode(t)
+	ctx := context.Background()
+	for _, name := range []string{"one", "two", "three"} {
+		n.reg.Push(name, "v1", sample(t, name))
+	}
+	one, two := n.mustPull(n.reg.Ref("one", "v1")), n.mustPull(n.reg.Ref("two", "v1"))
+	three := n.mustPull(n.reg.Ref("three", "v1"))
+	mustEmpty(t, n.layerDir(one, 0))
+	mustEmpty(t, n.layerDir(three, 2))
+	n.crash()
+	n.open()
+	if len(n.List()) != 0 {
+		t.Errorf("shown: %v", n.List())
+	}
+	if _, err := n.Pin(three.ID, true); !errors.Is(err, ErrNotFound) {
+		t.Errorf("pin of a hidden image: %v", err)
+	}
+	n.mustPull(n.reg.Ref("one", "v1"))
+	if got, err := n.Get(n.reg.Ref("two", "v1")); err != nil || got.ID != two.ID {
+		t.Errorf("the image that shares the layer: %v, %v", got, err)
+	}
+	if _, err := n.Get(three.ID); !errors.Is(err, ErrNotFound) {
+		t.Errorf("the image with a damaged layer of its own: %v", err)
+	}
+	if err := n.Remove(ctx, n.reg.Ref("three", "v1")); err != nil {
+		t.Errorf("remove of a hidden image: %v", err)
+	}
+	if r, err := n.Verify(ctx, nil, VerifyOptions{}); err != nil || r.Images != 2 || r.Damaged != 0 {
+		t.Errorf("verified: %+v, %v", r, err)
+	}
+	for _, img := range n.List() {
+		if err := n.Remove(ctx, img.ID); err != nil {
+			t.Error(err)
+		}
+	}
+	if kept := n.kept(); len(kept) != 0 {
+		t.Errorf("kept %q", kept)
+	}
+}

@@ -270,8 +270,10 @@ func (s *Service) complete(ctx context.Context, p *pull, plan *plan) (Image, err
 			return Image{}, err
 		}
 	}
-	if err := s.clearDamaged(damaged); err != nil {
-		return Image{}, err
+	if len(damaged) > 0 {
+		if err := errors.Join(s.clearDamaged(damaged), s.unhide(ctx)); err != nil {
+			return Image{}, err
+		}
 	}
 	if err := p.reach(ctx, stageCommit); err != nil {
 		return Image{}, err

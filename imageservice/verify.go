@@ -115,7 +115,7 @@ func (s *Service) Verify(ctx context.Context, refs []string, o VerifyOptions) (V
 func (s *Service) toVerify(refs []string) (ids []string, err error) {
 	v := s.view.Load()
 	for _, ref := range refs {
-		id, err := v.find(ref, *s.search.Load())
+		id, err := s.findAny(ref)
 		if err != nil {
 			return nil, err
 		}

@@ -49,7 +49,11 @@ func (s *shelf) List() (out []imageservice.Image) {
 	return out
 }
 
+// Remove knows one image more than Get, "hidden".
 func (s *shelf) Remove(_ context.Context, ref string) error {
+	if _, err := s.Get(ref); err != nil && ref != "hidden" {
+		return err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.images, ref)
@@ -202,6 +206,7 @@ func TestAnswers(t *testing.T) {
 		{"POST", api.PathPin, `{"ref":"always","pinned":false}`, 409, "stays pinned"},
 		{"POST", api.PathRemove, `{"ref":"pinned"}`, 409, "is pinned"},
 		{"POST", api.PathRemove, `{"ref":"pinned","force":true}`, 200, `"id":"sha256:p"`},
+		{"POST", api.PathRemove, `{"ref":"hidden"}`, 200, `"id":"hidden"`},
 		{"POST", api.PathRemove, `{"ref":"gone"}`, 404, `"code":"not-found"`},
 		{"POST", api.PathRemove, `{"ref":`, 400, `"code":"invalid"`},
 		{"POST", api.PathRemove, `{"ref":"a"}{}`, 400, "more than one value"},

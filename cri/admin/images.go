@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -56,7 +57,9 @@ func (s *Server) explain(r *http.Request) (any, error) {
 
 func (s *Server) remove(ctx context.Context, q *api.RemoveRequest) (any, error) {
 	img, err := s.deps.Images.Get(q.Ref)
-	if err != nil {
+	if errors.Is(err, imageservice.ErrNotFound) {
+		img = imageservice.Image{ID: q.Ref} // it may be hidden, which Remove knows
+	} else if err != nil {
 		return nil, err
 	}
 	if img.Pinned && !q.Force {

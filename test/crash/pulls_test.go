@@ -72,13 +72,18 @@ func TestPullKilled(t *testing.T) {
 	r := newNode(t, node.Options{})
 	r.must(r.Start(r.ctx))
 	all := r.pushPullables()
-	took := r.pullAndRemove(all[2])
+	took := time.Hour
+	for range 3 {
+		took = min(took, r.pullAndRemove(all[2]))
+	}
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("%d kills, seed %d, a pull takes %v", kills, seed, took.Round(time.Millisecond))
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	done := 0
 	for i := range kills {
 		one := all[rnd.IntN(len(all))]
+		// Layers that it shares with another image may be there, its name is not.
+		r.removeImage(one)
 		moment := time.Duration(rnd.Int64N(int64(took)))
 		if r.killInPull(one, moment) {
 			done++
@@ -150,12 +155,17 @@ func (r *rig) verifyAll(i int) {
 	}
 }
 
+func (r *rig) removeImage(p pullable) {
+	r.Helper()
+	_, err := r.client.Images.RemoveImage(r.ctx, &runtime.RemoveImageRequest{Image: &runtime.ImageSpec{Image: p.img.ConfigID}})
+	r.must(err)
+}
+
 // removeAll removes the images and looks for what is left of them, or of attempts.
 func (r *rig) removeAll(i int, all []pullable) {
 	r.Helper()
 	for _, p := range all {
-		_, err := r.client.Images.RemoveImage(r.ctx, &runtime.RemoveImageRequest{Image: &runtime.ImageSpec{Image: p.img.ConfigID}})
-		r.must(err)
+		r.removeImage(p)
 	}
 	for _, dir := range []string{"layers", "manifests", "snapshots"} {
 		left := 0
