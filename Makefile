@@ -7,6 +7,8 @@ RELEASE  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev
 TAGS     := containers_image_openpgp,nri_no_wasm
 BIN      := bin
 CYCLES   ?= 200
+CUTS     ?= 100
+KILLS    ?= 500
 SOAK     ?= 15m
 FUZZTIME ?= 10s
 
@@ -18,7 +20,7 @@ export GOFLAGS := -buildvcs=false -tags=$(TAGS)
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 # What the tests and the demo run: an OCI runtime, CNI plugins and what they
 # call, a static shell for images, a C compiler for the race detector.
-PACKAGES := runc containernetworking-plugins iptables iproute2 busybox-static ca-certificates gcc libc6-dev libseccomp-dev pkg-config
+PACKAGES := runc containernetworking-plugins iptables iproute2 busybox-static ca-certificates gcc libc6-dev libseccomp-dev pkg-config e2fsprogs xfsprogs
 # Debian's runc is the oldest that berth supports; the tests run with this one,
 # too, as only it has idmapped mounts and is what native execs are like.
 RUNC        := github.com/opencontainers/runc@v1.5.2
@@ -26,7 +28,7 @@ NEW_RUNC    := $(CURDIR)/$(BIN)/tools/runc-$(lastword $(subst @, ,$(RUNC)))/runc
 UNIT      = $(shell $(GO) list ./... 2>/dev/null | grep -v '/test/')
 
 .DEFAULT_GOAL := help
-.PHONY: help build runc install deps test unit race conformance crash soak demo lint fuzz bench bench-pull docs clean
+.PHONY: help build runc install deps test unit race conformance crash power soak demo lint fuzz bench bench-pull docs clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -71,6 +73,10 @@ conformance: deps $(NEW_RUNC) ## black-box tests over the socket, with the oldes
 crash: deps ## every step broken in every way; CYCLES (200) lives with kill -9 at random
 	BERTH_CRASH_MATRIX=1 $(GO) test -timeout 60m -v -run 'Matrix$$' ./test/crash | grep -vE '^ *(=== |--- PASS)'; exit $${PIPESTATUS[0]}
 	BERTH_CRASH_CYCLES=$(CYCLES) $(GO) test -timeout 60m -v -run Cycles ./test/crash
+
+power: deps ## pulls and removals with CUTS (100) power cuts on ext4 and xfs, KILLS (500) of berthd
+	BERTH_POWER_CUTS=$(CUTS) $(GO) test -timeout 60m -v -run PowerLoss ./imageservice
+	BERTH_PULL_KILLS=$(KILLS) $(GO) test -timeout 60m -v -run PullKilled ./test/crash
 
 soak: deps ## SOAK (15m) of ten clients and random kills, each answer checked against a model
 	BERTH_SOAK=$(SOAK) $(GO) test -timeout 0 -v -run 'Soak$$' ./test/crash
