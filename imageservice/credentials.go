@@ -1,6 +1,7 @@
 package imageservice
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/containers/image/v5/docker/reference"
 	"github.com/containers/image/v5/pkg/docker/config"
@@ -85,7 +87,7 @@ func readBounded(name string, limit int64) ([]byte, error) {
 // setCredentials gives the caller's credentials to the endpoint that they are for, and
 // those of the node's files and helpers to the others. host is that of the image's name: a
 // mirror must not see what is meant for it.
-func (s *Service) setCredentials(e *endpoint, host string, auth *Auth) error {
+func (s *Service) setCredentials(ctx context.Context, e *endpoint, host string, auth *Auth) error {
 	own := serverHost(e.Host) == serverHost(host)
 	if auth.isFor(serverHost(e.Host), own) {
 		cred, err := auth.credentials()
@@ -97,27 +99,67 @@ func (s *Service) setCredentials(e *endpoint, host string, auth *Auth) error {
 			return nil
 		}
 	}
-	sys := s.systemContext()
-	found, err := config.GetCredentialsForRef(sys, e.named)
+	found, from, err := s.lookUp(ctx, e.named)
 	if err != nil {
 		return fmt.Errorf("credentials: %w", err)
 	}
-	if found == (types.DockerAuthConfig{}) {
-		return nil
-	}
 	e.Credentials = registry.Credentials{Username: found.Username, Password: found.Password, IdentityToken: found.IdentityToken}
-	e.credentials = "credential helper"
+	e.credentials = from
+	return nil
+}
+
+const (
+	// helperPatience bounds what credential helpers may take.
+	helperPatience = 30 * time.Second
+	// maxLookUps bounds the helpers that run at once, those that hang included.
+	maxLookUps = 8
+)
+
+// lookUp asks the node's files and helpers. containers/image runs a helper for as long as
+// that likes, so one that hangs is left to itself.
+func (s *Service) lookUp(ctx context.Context, named reference.Named) (types.DockerAuthConfig, string, error) {
+	ctx, stop := context.WithTimeoutCause(ctx, min(helperPatience, s.cfg.StallTimeout), errors.New("files and helpers take too long"))
+	defer stop()
+	type answer struct {
+		found types.DockerAuthConfig
+		from  string
+		err   error
+	}
+	done := make(chan answer, 1)
+	select {
+	case s.lookUps <- struct{}{}:
+	case <-ctx.Done():
+		return types.DockerAuthConfig{}, "", context.Cause(ctx)
+	}
+	go func() {
+		defer func() { <-s.lookUps }()
+		found, from, err := s.lookUpNow(named)
+		done <- answer{found, from, err}
+	}()
+	select {
+	case a := <-done:
+		return a.found, a.from, a.err
+	case <-ctx.Done():
+		return types.DockerAuthConfig{}, "", context.Cause(ctx)
+	}
+}
+
+// lookUpNow also finds out which file has them.
+func (s *Service) lookUpNow(named reference.Named) (types.DockerAuthConfig, string, error) {
+	found, err := config.GetCredentialsForRef(s.systemContext(), named)
+	if err != nil || found == (types.DockerAuthConfig{}) {
+		return found, "", err
+	}
 	for _, f := range s.authFiles() {
 		// One file alone, and none of the helpers that registries.conf names.
 		alone := &types.SystemContext{AuthFilePath: f, SystemRegistriesConfPath: os.DevNull, SystemRegistriesConfDirPath: os.DevNull}
 		if _, err := os.Stat(f); err == nil {
-			if c, err := config.GetCredentialsForRef(alone, e.named); err == nil && c == found {
-				e.credentials = f
-				break
+			if c, err := config.GetCredentialsForRef(alone, named); err == nil && c == found {
+				return found, f, nil
 			}
 		}
 	}
-	return nil
+	return found, "credential helper", nil
 }
 
 // authFiles are the files that containers/image looks for credentials in, in its order.

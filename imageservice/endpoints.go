@@ -1,6 +1,7 @@
 package imageservice
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"os"
@@ -98,13 +99,10 @@ func (s sources) fromHosts() []endpoint {
 			named: s.named, resolve: h.resolve, pull: h.pull, insecure: h.skipVerify,
 			from: s.hosts.path, caFiles: h.ca, clientFiles: h.client,
 		}
-		e.Scheme, e.Host, e.Path, e.Repository = h.scheme, h.host, h.path, own.Repository
+		e.Scheme, e.Host, e.Path, e.Repository = h.scheme, apiHost(h.host), h.path, own.Repository
 		e.Header, e.DialTimeout = h.header, h.dialTimeout
 		if h.host == "" {
 			e.Host, e.Scheme = own.Host, own.Scheme
-			if h.skipVerify && own.insecure {
-				e.Scheme = ""
-			}
 			e.insecure = e.insecure || own.insecure && len(h.ca) == 0
 		}
 		if e.mirror = e.Host != own.Host; e.mirror {
@@ -150,7 +148,7 @@ func (s *Service) sourcesOf(named reference.Named) (sources, error) {
 	}
 	src.insecure = func(host string) bool {
 		return slices.Contains(s.cfg.InsecureRegistries, host) ||
-			src.registry == nil && src.hosts == nil && isLoopback(host) && s.certsDir(host) == ""
+			src.registry == nil && (src.hosts == nil || src.hosts.fallback) && isLoopback(host) && s.certsDir(host) == ""
 	}
 	return src, nil
 }
@@ -183,7 +181,7 @@ func (s *Service) certsDir(host string) string {
 
 // endpointsOf is the whole plan of where to ask for a reference: configuration,
 // certificates and credentials, read now.
-func (s *Service) endpointsOf(named reference.Named, auth *Auth) ([]endpoint, error) {
+func (s *Service) endpointsOf(ctx context.Context, named reference.Named, auth *Auth) ([]endpoint, error) {
 	src, err := s.sourcesOf(named)
 	if err != nil {
 		return nil, err
@@ -201,7 +199,7 @@ func (s *Service) endpointsOf(named reference.Named, auth *Auth) ([]endpoint, er
 		if err := s.setTLS(e); err != nil {
 			return nil, fmt.Errorf("registry %s: %w", e.Host, err)
 		}
-		if err := s.setCredentials(e, reference.Domain(named), auth); err != nil {
+		if err := s.setCredentials(ctx, e, reference.Domain(named), auth); err != nil {
 			return nil, fmt.Errorf("registry %s: %w", e.Host, err)
 		}
 	}

@@ -62,7 +62,10 @@ func classify(err error) error {
 	if errors.Is(err, registry.ErrProtocol) {
 		return mark(ErrRegistryUnavailable, err)
 	}
-	if status := httpStatus(err); status != 0 && (!registry.IsToken(err) || status < 500) {
+	if status := httpStatus(err); status != 0 {
+		if registry.IsToken(err) {
+			return mark(tokenSentinel(status), err)
+		}
 		return mark(statusSentinel(status), err)
 	}
 	switch {
@@ -87,6 +90,15 @@ func statusSentinel(status int) error {
 		return ErrUnauthorized
 	case status == http.StatusNotFound:
 		return ErrNotFound
+	}
+	return ErrRegistryUnavailable
+}
+
+// tokenSentinel is statusSentinel for a token server, at which no image is looked for. A
+// bad request is how OAuth2 refuses a refresh token (RFC 6749, 5.2).
+func tokenSentinel(status int) error {
+	if status == http.StatusBadRequest || status == http.StatusUnauthorized || status == http.StatusForbidden {
+		return ErrUnauthorized
 	}
 	return ErrRegistryUnavailable
 }

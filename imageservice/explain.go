@@ -95,7 +95,7 @@ func (s *Service) Explain(ctx context.Context, ref string, probe bool) (Plan, er
 		plan.Hosts = hostHosts
 	}
 	for _, n := range names {
-		plan.Candidates = append(plan.Candidates, s.explain(n))
+		plan.Candidates = append(plan.Candidates, s.explain(ctx, n))
 	}
 	if probe {
 		s.probe(ctx, plan, names)
@@ -103,7 +103,7 @@ func (s *Service) Explain(ctx context.Context, ref string, probe bool) (Plan, er
 	return plan, nil
 }
 
-func (s *Service) explain(n candidate) Candidate {
+func (s *Service) explain(ctx context.Context, n candidate) Candidate {
 	c := Candidate{Image: n.named.String(), Reason: n.reason}
 	src, err := s.sourcesOf(n.named)
 	if err == nil {
@@ -117,7 +117,7 @@ func (s *Service) explain(n candidate) Candidate {
 			c.Source = src.hosts.path
 		}
 	}
-	endpoints, err := s.endpointsOf(n.named, nil)
+	endpoints, err := s.endpointsOf(ctx, n.named, nil)
 	if err != nil {
 		c.Error = err.Error()
 		return c

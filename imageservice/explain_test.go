@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/berthd/berth/test/registry"
 )
@@ -126,6 +127,17 @@ override_path = true
 			t.Errorf("%s:\n%s\nwant\n%s", tc.ref, strings.Join(got, "\n"), strings.Join(tc.want, "\n"))
 		}
 	}
+	// What is for all registries leaves those on loopback addresses what they are.
+	n.hostsFor("_default", `[host."https://any.example"]`)
+	if got := shape(n.mustExplain("localhost:5000/a", false).Candidates[0]); got != "localhost:5000/a:latest (hosts.toml) "+
+		"\n  https://any.example/v2 a mirror resolve pull\n  localhost:5000/v2 a resolve pull insecure" {
+		t.Errorf("loopback with _default: %s", got)
+	}
+	n.hostsFor("docker.io", `server = "https://docker.io"`)
+	if got := shape(n.mustExplain("docker.io/library/a", false).Candidates[0]); got != "docker.io/library/a:latest (hosts.toml) "+
+		"\n  https://registry-1.docker.io/v2 library/a resolve pull" {
+		t.Errorf("docker.io as a server: %s", got)
+	}
 	for ref, want := range map[string]string{"bad.example/x": "blocked", "broken.example/x": "broken.example/hosts.toml"} {
 		if c := n.mustExplain(ref, false).Candidates[0]; !strings.Contains(c.Error, want) || len(c.Endpoints) != 0 {
 			t.Errorf("%s: %+v, want an error with %q", ref, c, want)
@@ -210,4 +222,39 @@ func TestPulls(t *testing.T) {
 	n.reg.SetFault("r", registry.Fault{})
 	n.mustPull(n.reg.Ref("r", "v1"))
 	waitFor(t, "the end", func() bool { return len(n.Pulls()) == 0 })
+}
+
+// TestCredentialHelpers: those of auth.json and of registries.conf, and one that hangs.
+func TestCredentialHelpers(t *testing.T) {
+	n := newNode(t, func(c *Config) { c.StallTimeout = 700 * time.Millisecond })
+	n.reg.Push("r", "v1", sample(t, "x"))
+	n.reg.SetFault("r", registry.Fault{Username: "helped", Password: "pw"})
+	bin := n.mustMkdir("bin")
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	helper := func(name, script string) {
+		if err := os.WriteFile(filepath.Join(bin, "docker-credential-"+name), []byte("#!/bin/sh\n"+script), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	helper("good", `read host; echo "{\"ServerURL\":\"$host\",\"Username\":\"helped\",\"Secret\":\"pw\"}"`)
+	helper("slow", "exec sleep 3")
+	ref := n.reg.Ref("r", "v1")
+	for name, tc := range map[string]struct{ auth, conf, from string }{
+		"of auth.json":       {fmt.Sprintf(`{"credHelpers":{%q:"good"}}`, n.reg.Addr()), "#", "auth.json"},
+		"of registries.conf": {`{}`, `credential-helpers = ["containers-auth.json", "good"]`, "credential helper"},
+	} {
+		n.mustWrite("auth.json", tc.auth)
+		n.mustWrite("registries.conf", tc.conf)
+		if _, err := n.Pull(context.Background(), ref, nil); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if e := n.mustExplain(ref, false).Candidates[0].Endpoints[0]; filepath.Base(e.Credentials) != tc.from || e.Username != "helped" {
+			t.Errorf("%s: explained as %q of %q", name, e.Username, e.Credentials)
+		}
+	}
+	n.mustWrite("registries.conf", `credential-helpers = ["slow"]`)
+	began := time.Now()
+	if _, err := n.Pull(context.Background(), ref, nil); err == nil || !strings.Contains(err.Error(), "credentials") || time.Since(began) > 2500*time.Millisecond {
+		t.Errorf("helper that hangs: %v after %s", err, time.Since(began))
+	}
 }

@@ -275,6 +275,12 @@ func (b *blobReader) fail(err error) error {
 	if after == 0 && b.failures < usable {
 		return nil // somebody else is asked at once
 	}
+	began := time.Now()
+	defer func() {
+		if !b.untimed {
+			b.record.received(0, time.Since(began))
+		}
+	}()
 	return pause(b.ctx, max(after, backoff(b.failures-usable)))
 }
 

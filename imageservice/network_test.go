@@ -411,6 +411,15 @@ func TestMisbehaviour(t *testing.T) {
 			w.WriteHeader(http.StatusUnauthorized)
 			return true
 		}},
+		{"token server of another kind", ErrRegistryUnavailable, "token server", func(m *mirror, w http.ResponseWriter, q *http.Request) bool {
+			if q.URL.Path == "/token" {
+				w.WriteHeader(http.StatusNotFound)
+				return true
+			}
+			w.Header().Set("WWW-Authenticate", `Bearer realm="`+m.URL+`/token"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return true
+		}},
 		{"token server without a token", ErrRegistryUnavailable, "token server", func(m *mirror, w http.ResponseWriter, q *http.Request) bool {
 			if q.URL.Path == "/token" {
 				fmt.Fprint(w, "<html>")
@@ -483,7 +492,7 @@ func TestSlowDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	src, err := n.openSource(names[0].named, nil, nil)
+	src, err := n.openSource(context.Background(), names[0].named, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -55,7 +55,7 @@ func (s *Service) resolve(ctx context.Context, p *pull, named reference.Named, a
 	if err := failpoint(ctx, verbPull, stageManifest); err != nil {
 		return nil, err
 	}
-	src, err := s.openSource(named, auth, p.trouble)
+	src, err := s.openSource(ctx, named, auth, p.trouble)
 	if err != nil {
 		return nil, err
 	}

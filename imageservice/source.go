@@ -44,9 +44,9 @@ type liar struct {
 	blob string
 }
 
-// openSource asks nobody yet. The source is the caller's to close.
-func (s *Service) openSource(named reference.Named, auth *Auth, notice func(string)) (*source, error) {
-	endpoints, err := s.endpointsOf(named, auth)
+// openSource asks no registry yet, at most credential helpers. The source is the caller's to close.
+func (s *Service) openSource(ctx context.Context, named reference.Named, auth *Auth, notice func(string)) (*source, error) {
+	endpoints, err := s.endpointsOf(ctx, named, auth)
 	if err != nil {
 		return nil, err
 	}
