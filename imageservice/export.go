@@ -141,7 +141,7 @@ func (e *exporter) addOriginal(r *imageRow, config, man []byte) error {
 	if err != nil {
 		return err
 	}
-	src, err := e.s.openSource(named, nil, nil)
+	src, err := e.s.openSource(e.ctx, named, nil, nil)
 	if err != nil {
 		return err
 	}

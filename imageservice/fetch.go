@@ -55,6 +55,8 @@ type blobReader struct {
 	tried    map[*remote]bool // in this round
 	said     answers
 	refused  map[*remote]bool // for good, for this blob
+
+	notBefore time.Time // when servers wish to be asked again
 }
 
 func (s *Service) newBlobReader(ctx context.Context, src *source, blob string, size int64, record *layerRecord) *blobReader {
@@ -85,7 +87,7 @@ func (b *blobReader) distrust() bool { return b.src.distrust(b.blob, b.senders..
 
 // Read implements io.Reader.
 func (b *blobReader) Read(p []byte) (int, error) {
-	for {
+	for len(p) > 0 {
 		if b.ctx.Err() != nil {
 			b.disconnect()
 			return 0, context.Cause(b.ctx)
@@ -112,6 +114,7 @@ func (b *blobReader) Read(p []byte) (int, error) {
 			return n, nil
 		}
 	}
+	return 0, nil
 }
 
 // connect asks the next endpoint for the rest of the blob, and skips what it sends too
@@ -272,16 +275,19 @@ func (b *blobReader) fail(err error) error {
 		}
 		return b.said.error()
 	}
-	if after == 0 && b.failures < usable {
+	began := time.Now()
+	if wished := began.Add(after); wished.After(b.notBefore) {
+		b.notBefore = wished
+	}
+	if b.failures < usable {
 		return nil // somebody else is asked at once
 	}
-	began := time.Now()
 	defer func() {
 		if !b.untimed {
 			b.record.received(0, time.Since(began))
 		}
 	}()
-	return pause(b.ctx, max(after, backoff(b.failures-usable)))
+	return pause(b.ctx, max(time.Until(b.notBefore), backoff(b.failures-usable)))
 }
 
 // note lets others see what went wrong and was got over.

@@ -244,6 +244,13 @@ func TestWrongMirror(t *testing.T) {
 			w.WriteHeader(http.StatusForbidden)
 			return true
 		},
+		"wants to be left alone": func(w http.ResponseWriter, q *http.Request) bool {
+			if isLayer(q) {
+				w.Header().Set("Retry-After", "40")
+				w.WriteHeader(http.StatusTooManyRequests)
+			}
+			return isLayer(q)
+		},
 		"fails": func(w http.ResponseWriter, q *http.Request) bool {
 			w.WriteHeader(http.StatusInternalServerError)
 			return true
@@ -254,7 +261,11 @@ func TestWrongMirror(t *testing.T) {
 			n.reg.Push("r", "v1", img)
 			bad := mirrorOf(n, func(_ *mirror, w http.ResponseWriter, q *http.Request) bool { return spoil(w, q) })
 			n.mirrored(bad.host, n.reg.Addr())
+			began := time.Now()
 			got := n.mustPull("img.example/r@" + img.Digest)
+			if took := time.Since(began); took > 20*time.Second {
+				t.Errorf("took %s", took)
+			}
 			if b, _, err := n.readIn(got, "f1"); err != nil || b != string(noise(3<<20, 1)) {
 				t.Errorf("contents differ: %d bytes, %v", len(b), err)
 			}
