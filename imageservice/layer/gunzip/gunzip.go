@@ -72,7 +72,6 @@ type Reader struct {
 	src   io.Reader
 	state state
 	final bool // the block is the member's last one
-	first bool // the next header is the stream's first
 	err   error
 
 	in     [inputSize + 2*inputSlack]byte
@@ -107,7 +106,7 @@ func NewReader(src io.Reader) *Reader {
 
 // Reset makes the Reader as new.
 func (r *Reader) Reset(src io.Reader) {
-	r.src, r.state, r.first, r.err = src, atHeader, true, nil
+	r.src, r.state, r.err = src, atHeader, nil
 	r.pos, r.end, r.limit, r.eof, r.srcErr, r.read = 0, 0, 0, false, nil, 0
 	r.bits, r.nbits, r.from, r.got = 0, 0, 0, 0
 }
@@ -323,7 +322,7 @@ func (r *Reader) header() error {
 			return ErrHeader
 		}
 	}
-	r.first, r.final, r.crc, r.size, r.history = false, false, 0, 0, 0
+	r.final, r.crc, r.size, r.history = false, 0, 0, 0
 	r.state = atBlock
 	return nil
 }

@@ -3,7 +3,9 @@ package gunzip
 import (
 	"bytes"
 	"compress/gzip"
+	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	"io"
 	"math/rand"
 	"os"
@@ -130,6 +132,45 @@ func TestErrors(t *testing.T) {
 	}
 	if _, err := io.ReadAll(NewReader(strings.NewReader(""))); err != io.EOF && err != nil {
 		t.Errorf("empty: %v", err)
+	}
+}
+
+// TestHeaders: all fields that a header may have, right, wrong and cut.
+func TestHeaders(t *testing.T) {
+	plain := []byte("contents")
+	body := mustGzip(t, 6, plain)[10:]
+	for flags := range byte(64) {
+		head := []byte{0x1f, 0x8b, 8, flags, 1, 2, 3, 4, 0, 255}
+		if flags&4 != 0 {
+			head = append(head, 3, 0, 'a', 'b', 'c')
+		}
+		if flags&8 != 0 {
+			head = append(head, "name\xfc\x00"...)
+		}
+		if flags&16 != 0 {
+			head = append(head, "comment\x00"...)
+		}
+		if flags&2 != 0 {
+			head = binary.LittleEndian.AppendUint16(head, uint16(crc32.ChecksumIEEE(head)))
+		}
+		raw := append(head, body...)
+		if got, err := io.ReadAll(NewReader(bytes.NewReader(raw))); err != nil || !bytes.Equal(got, plain) {
+			t.Errorf("flags %06b: %q, %v", flags, got, err)
+		}
+		for i := range len(raw) - len(body) {
+			compare(t, raw[:i+1])
+			changed := bytes.Clone(raw)
+			changed[i] ^= 0x41
+			compare(t, changed)
+		}
+	}
+	for _, n := range []int{maxName - 1, maxName} { // without the zero byte
+		raw := append([]byte{0x1f, 0x8b, 8, 8, 0, 0, 0, 0, 0, 255}, bytes.Repeat([]byte{'n'}, n)...)
+		raw = append(append(raw, 0), body...)
+		compare(t, raw)
+		if _, err := io.ReadAll(NewReader(bytes.NewReader(raw))); errors.Is(err, ErrHeader) != (n == maxName) {
+			t.Errorf("name of %d bytes: %v", n, err)
+		}
 	}
 }
 
