@@ -1,6 +1,7 @@
 // Command streambench measures exec sessions of a CRI runtime that is running:
-// bytes through a command's stdin and stdout, checked, and many sessions that
-// leave a child behind, with what they leave in the daemon.
+// bytes through a command's stdin and stdout, checked, and many sessions, with what
+// they leave in the daemon: every other one is an exec that leaves a child behind,
+// the others attach and drop the connection in the middle of the output.
 //
 //	streambench -endpoint unix:///run/berth/berth.sock -image IMAGE -pid PID bytes -n 10 -mib 500
 //	streambench … sessions -n 2000
@@ -77,7 +78,7 @@ func run() error {
 		return err
 	}
 	defer b.client.Destroy(ctx, id)
-	b.container, err = b.client.Launch(ctx, id, node.ContainerConfig("c", *image, "sleep", "100000"), pod)
+	b.container, err = b.client.Launch(ctx, id, node.ContainerConfig("c", *image, "sh", "-c", "while :; do echo tick; sleep 0.1; done"), pod)
 	if err != nil {
 		return err
 	}
@@ -137,7 +138,7 @@ func (b *bench) bytes(ctx context.Context, n int, size int64) error {
 	return nil
 }
 
-// sessions runs commands that leave a child behind which holds their output.
+// sessions runs sessions as they should not be: see the package.
 func (b *bench) sessions(ctx context.Context, n, parallel int) error {
 	if err := b.many(ctx, parallel, parallel); err != nil {
 		return err
@@ -160,8 +161,12 @@ func (b *bench) many(ctx context.Context, n, parallel int) error {
 	var wg sync.WaitGroup
 	for range parallel {
 		wg.Go(func() {
-			for range work {
-				if err := b.one(ctx); err != nil {
+			for i := range work {
+				session := b.one
+				if i%2 == 1 {
+					session = b.attach
+				}
+				if err := session(ctx); err != nil {
 					select {
 					case errs <- err:
 					default:
@@ -197,6 +202,24 @@ func (b *bench) one(ctx context.Context) error {
 	code, err := s.Wait()
 	if err == nil && (code != 3 || string(out) != "out\n") {
 		err = fmt.Errorf("code %d, output %q", code, out)
+	}
+	return err
+}
+
+// attach follows the container's output for a moment.
+func (b *bench) attach(ctx context.Context) error {
+	r, err := b.client.Attach(ctx, &runtime.AttachRequest{ContainerId: b.container, Stdout: true, Stderr: true})
+	if err != nil {
+		return err
+	}
+	s, err := stream.Dial(ctx, b.protocol, r.Url, stream.Options{Stdout: true, Stderr: true})
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	line := make([]byte, len("tick\n"))
+	if _, err := io.ReadFull(s.Out, line); err == nil && string(line) != "tick\n" {
+		err = fmt.Errorf("attached: output %q", line)
 	}
 	return err
 }
