@@ -15,7 +15,8 @@ const (
 	// stuckAfter is how long a write may wait before reading ahead begins.
 	stuckAfter = 300 * time.Millisecond
 	// minAhead is how much is read ahead at least, in bytes, if there is as
-	// much. It takes that much memory only then.
+	// much. It takes that much memory only then. A command that makes very much
+	// of what it reads could be stuck a second time before it has read that.
 	minAhead = 4 << 20
 	// maxAhead bounds what is read ahead for all sessions together, in bytes:
 	// clients that send and do not read could have each session hold minAhead.

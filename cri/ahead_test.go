@@ -40,15 +40,24 @@ func TestAheadReader(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Fatal("nothing is read ahead")
 	}
-	time.Sleep(50 * time.Millisecond)
-	r.mu.Lock()
-	if n := len(r.ahead); n != minAhead {
-		t.Errorf("%d bytes were read ahead, want %d", n, minAhead)
-	}
-	r.mu.Unlock()
+	eventually(t, "read ahead to the limit", func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return len(r.ahead) == minAhead
+	})
 	got, err := io.ReadAll(r)
 	if err != nil || !bytes.Equal(got, sent) {
 		t.Errorf("%d bytes, want %d, %v", len(got), len(sent), err)
+	}
+}
+
+// eventually waits for something to come true.
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !is(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("not so after 10 s: ", what)
+		}
 	}
 }
 
@@ -94,16 +103,10 @@ func TestAheadReaderStopsLater(t *testing.T) {
 	if err := <-read; err != nil {
 		t.Error(err)
 	}
-	time.Sleep(50 * time.Millisecond)
-	if n := all.Load() % aheadBlock; n != 19*8 { // a further block is being read
-		t.Errorf("%d bytes are counted, want %d", n, 19*8)
-	}
+	eventually(t, "what was read ahead, and a further block, are counted", func() bool { return all.Load() == 19*8+aheadBlock })
 	here.Close()
-	time.Sleep(50 * time.Millisecond)
 	r.end()
-	if n := all.Load(); n != 0 {
-		t.Errorf("%d bytes are counted after the end", n)
-	}
+	eventually(t, "nothing is counted after the end", func() bool { return all.Load() == 0 })
 	if _, err := r.Read(make([]byte, 8)); err == nil {
 		t.Error("a read after the end has no error")
 	}
