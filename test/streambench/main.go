@@ -218,10 +218,13 @@ func (b *bench) attach(ctx context.Context) error {
 	}
 	defer s.Close()
 	line := make([]byte, len("tick\n"))
-	if _, err := io.ReadFull(s.Out, line); err == nil && string(line) != "tick\n" {
-		err = fmt.Errorf("attached: output %q", line)
+	if _, err := io.ReadFull(s.Out, line); err != nil {
+		return fmt.Errorf("attached: %w", err)
 	}
-	return err
+	if string(line) != "tick\n" {
+		return fmt.Errorf("attached: output %q", line)
+	}
+	return nil
 }
 
 // held is what the daemon and the container's shim have open.
