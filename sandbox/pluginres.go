@@ -235,8 +235,12 @@ func (s *Service) updateAsked(ctx context.Context, o *op, id string, update *run
 	}
 	o.enter("plugins")
 	applied, err := s.deps.Plugins.Update(ctx, s.pluginPod(p), s.pluginContainer(c), ociResources(update))
-	if err == nil && !applied {
+	switch {
+	case err != nil:
+	case !applied:
 		err = s.updateResources(ctx, o, id, update, nil)
+	case s.exited(id): // which is no failure of an update that plugins want
+		err = fmt.Errorf("%w: container %s has exited", ErrState, id)
 	}
 	if err != nil {
 		return err

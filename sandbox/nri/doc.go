@@ -36,5 +36,5 @@
 // The library keeps two settings, its time limits and its logger, for the whole
 // process, so there can be one Host in a process at a time. It defines
 // evictions, and drops them (version 0.12). WebAssembly plugins are left out at
-// build time (tag nri_no_wasm): their runtime would be a quarter of the daemon.
+// build time (tag nri_no_wasm): their runtime would be a tenth of the daemon.
 package nri

@@ -31,6 +31,8 @@ type Host struct {
 	lib    *adaptation.Adaptation
 	failed error // why there are no plugins
 
+	endSync func() // gives back the turn of the last synchronisation; of the library's goroutine
+
 	plugins atomic.Int64 // connected
 
 	mu      sync.Mutex
@@ -214,15 +216,21 @@ func (h *Host) forget(id string) {
 // syncLate synchronises a plugin that has connected. It is called by the library,
 // one at a time.
 func (h *Host) syncLate(ctx context.Context, lib *adaptation.Adaptation, cb adaptation.SyncCB) error {
+	if h.endSync != nil {
+		h.endSync() // the one before has been dealt with, or this would not be called
+	}
 	if err := h.take(h.ctx, "", ""); err != nil {
 		return err
 	}
 	h.at.Store(&activity{"synchronisation of a plugin", time.Now()})
+	end := sync.OnceFunc(h.give)
+	h.endSync = end
 	go func() {
 		// The library holds this lock until the plugin is among those that get
-		// events, or has been turned away.
+		// events, or has been turned away. By then it may have it again, for the
+		// next one, which must not wait for this turn then.
 		lib.BlockPluginSync().Unblock()
-		h.give()
+		end()
 		h.tellMissed()
 	}()
 	return h.sync(ctx, cb)

@@ -361,6 +361,35 @@ func TestNothingLost(t *testing.T) {
 	}
 }
 
+// TestManyPlugins: plugins that come one right after the other, with creations in
+// between, leave the turn free.
+func TestManyPlugins(t *testing.T) {
+	h := serve(t, &testNode{}, Config{})
+	var all sync.WaitGroup
+	for i := range 24 {
+		all.Go(func() {
+			st, err := stub.New(&testPlugin{}, stub.WithPluginName("many"), stub.WithPluginIdx(fmt.Sprintf("%02d", i)), stub.WithSocketPath(h.cfg.Socket))
+			if err == nil {
+				err = st.Start(t.Context())
+			}
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			t.Cleanup(st.Stop)
+			done, err := h.Create(t.Context(), Pod{ID: "p"}, Container{ID: fmt.Sprint(i)}, draft(blank()))
+			if err != nil {
+				t.Error(err)
+			}
+			done()
+		})
+	}
+	all.Wait()
+	until(t, "all connected and the turn free", func() bool {
+		return h.plugins.Load() == 24 && h.Info()["busy"] == nil
+	})
+}
+
 // TestHang: a plugin that does not answer costs its time limit once, and one that
 // wants to stay costs it each time and may fail the request.
 func TestHang(t *testing.T) {
