@@ -8,6 +8,8 @@
 //     points to one image. A repo digest carries the digest that the registry was
 //     asked for: the index when the image is multi-arch.
 //   - layer: one unpacked tar stream, a committed snapshot named by its chain ID.
+//   - endpoint: one place to ask for an image, with all that is configured for it; source
+//     is the endpoints of one pull, of which each part of the image may come from another.
 //   - flight: a pull, or the unpacking of one layer, that several callers share.
 //   - manifest of a layer: what it held when it was unpacked, beside it on disk.
 //   - hidden: an image with a layer that a check after a crash found damaged; invisible

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containers/image/v5/docker/reference"
+	"github.com/containers/image/v5/manifest"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/berthd/berth/imageservice/registry"
@@ -230,8 +231,9 @@ func (src *source) manifest(ctx context.Context, d digest.Digest) (m registry.Ma
 			return err
 		}
 		if d != "" {
-			if sum := d.Algorithm().FromBytes(got.Body); sum != d {
-				return fmt.Errorf("received %d bytes with digest %s, want %s: %w", len(got.Body), sum, d, ErrDigestMismatch)
+			// Not just a sum over the bytes: schema 1 leaves its signatures out.
+			if same, err := manifest.MatchesDigest(got.Body, d); err != nil || !same {
+				return fmt.Errorf("received %d bytes with digest %s, want %s: %w", len(got.Body), d.Algorithm().FromBytes(got.Body), d, ErrDigestMismatch)
 			}
 		}
 		m = got
