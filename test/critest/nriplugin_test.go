@@ -54,12 +54,12 @@ type plugin struct {
 	onRemove func(ctx context.Context, c *api.Container) error
 }
 
-// plug connects a plugin and waits until it gets events. A runtime takes plugins
-// one after the other, so it may have to try again.
+// plug connects a plugin and waits until it gets events. It may have to try again:
+// berthd takes plugins one after the other, and begins beside everything else.
 func (b *box) plug(index string, p *plugin, opts ...stub.Option) *plugin {
 	b.Helper()
 	p.containers, p.synced = map[string]*api.Container{}, make(chan struct{})
-	for try := 1; ; try++ {
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		st, err := stub.New(p, append([]stub.Option{stub.WithPluginName("critest"), stub.WithPluginIdx(index), stub.WithSocketPath(b.node.NRI), stub.WithOnClose(func() {})}, opts...)...)
 		b.must(err)
 		p.stub = st
@@ -67,7 +67,7 @@ func (b *box) plug(index string, p *plugin, opts ...stub.Option) *plugin {
 			b.Cleanup(st.Stop)
 			break
 		}
-		if try == 3 {
+		if time.Now().After(end) {
 			b.Fatal(err)
 		}
 	}
