@@ -264,12 +264,26 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 	}
 	err = errors.Join(errs...)
 	if err == nil && s.Lost() {
-		err = s.book.ForgetTable(tableName)
+		err = errors.Join(s.dropChildren(), s.book.ForgetTable(tableName))
 	}
 	if err != nil {
 		return fmt.Errorf("overlay: cleanup: %w", err)
 	}
 	return nil
+}
+
+// dropChildren removes what is said of children whose rows were lost.
+func (s *Snapshotter) dropChildren() error {
+	return s.book.Update(func(tx *store.Tx) error {
+		return children.Each(tx, func(key string, _ struct{}) error {
+			parent, child, _ := strings.Cut(key, "\x00")
+			r, err := rows.Get(tx, child)
+			if errors.Is(err, store.ErrNotFound) || err == nil && r.Parent != parent {
+				return children.Delete(tx, key)
+			}
+			return nil
+		})
+	})
 }
 
 // errIncomplete: a snapshot may be on a directory that the book does not know.

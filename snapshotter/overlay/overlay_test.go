@@ -315,6 +315,11 @@ func TestLostSnapshotKeepsItsParent(t *testing.T) {
 	if err := errors.Join(s.Cleanup(ctx), s.Remove(ctx, "l1")); err != nil {
 		t.Errorf("after the sweep: %v", err)
 	}
+	if err := s.book.View(func(tx *store.Tx) error {
+		return children.Each(tx, func(key string, _ struct{}) error { return fmt.Errorf("left over: %q", key) })
+	}); err != nil {
+		t.Error(err)
+	}
 	if got := mustDirs(t, s); len(got) != 0 {
 		t.Errorf("directories %q, want none", got)
 	}
