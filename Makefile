@@ -67,7 +67,7 @@ race: deps ## the same with the race detector, where there is a C compiler
 	CGO_ENABLED=1 $(GO) test -race -timeout 20m $(filter-out %/shim/shimd %/cmd/berth-shim %/cmd/berth-init,$(UNIT))
 
 conformance: deps $(NEW_RUNC) ## black-box tests over the socket, with the oldest and a current runc; the upstream critest if it is on PATH
-	$(GO) test -timeout 20m -v ./test/critest ./test/crash | grep -vE '^(=== |    --- (PASS|SKIP)|--- PASS)'; exit $${PIPESTATUS[0]}
+	$(GO) test -timeout 20m -v ./test/critest ./test/crash | grep -vE '^(=== | +--- (PASS|SKIP)|--- PASS)'; exit $${PIPESTATUS[0]}
 	if [ -x $(NEW_RUNC) ]; then BERTH_RUNC=$(NEW_RUNC) $(GO) test -timeout 20m -v ./test/critest | grep -vE '^(=== |    --- (PASS|SKIP)|--- PASS)'; exit $${PIPESTATUS[0]}; fi
 
 crash: deps ## every step broken in every way; CYCLES (200) lives with kill -9 at random

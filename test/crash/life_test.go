@@ -44,6 +44,7 @@ type life struct {
 	shared bool // containers share the pod's PID namespace
 
 	retries   int      // calls that failed
+	notes     []string // what they said
 	onRetry   func()   // called after each call that failed
 	recreated int      // containers that were lost or did not start
 	lost      []string // exit codes and lines that were lost, each with its reason
@@ -74,7 +75,7 @@ func (l *life) do(what string, call func(context.Context) error) {
 		}
 		if c := status.Code(err); c != codes.Unavailable && c != codes.Canceled {
 			l.retries++
-			l.Logf("%s: %v", what, err)
+			l.notes = append(l.notes, fmt.Sprintf("%s: %v", what, err))
 		}
 	}
 }

@@ -333,7 +333,12 @@ func (f *faulty) breakAt(c cell, name string, results *outcomes) {
 	f.must(f.points.Reset())
 	var l *life
 	pid := f.Pid()
-	defer func() { results.add(c, l, f.Pid() != pid, f.Failed()) }()
+	defer func() {
+		results.add(c, l, f.Pid() != pid, f.Failed())
+		if l != nil && f.Failed() {
+			f.Logf("calls that failed:\n%s", strings.Join(l.notes, "\n"))
+		}
+	}()
 	order, victim := c.action, ""
 	if c.action == victimShim || c.action == victimDaemon {
 		order, victim = failpoint.Pause, c.action

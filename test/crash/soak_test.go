@@ -39,12 +39,16 @@ const (
 	childPause  = 1500 * time.Millisecond
 )
 
+// soakProgress is how many calls succeed before berthd is killed again.
+const soakProgress = 4
+
 // soak is what its clients and its killers share.
 type soak struct {
 	*rig
 	*history
 	seed    uint64
 	calls   atomic.Int64
+	done    atomic.Int64 // of them by the present berthd, with success
 	retried atomic.Int64
 	pods    atomic.Int64
 	conts   atomic.Int64
@@ -72,7 +76,7 @@ func TestSoak(t *testing.T) {
 	s := &soak{history: newHistory(), seed: uint64(time.Now().UnixNano()), kills: map[string]int{}}
 	s.rig = newSoakNode(t, opts)
 	t.Logf("%v, seed %d", length, s.seed)
-	calm := max(length/10, 3*time.Second)
+	calm := max(length/20, 3*time.Second)
 
 	s.work(calm, false)
 	s.empty()
@@ -168,16 +172,30 @@ func (s *soak) count(victim string) {
 
 func (s *soak) killDaemon(ctx context.Context) {
 	rnd := rand.New(rand.NewPCG(s.seed, 1<<32))
-	for s.wait(ctx, rnd, daemonPause) {
+	for s.wait(ctx, rnd, daemonPause) && s.progress(ctx) {
 		if err := s.Kill(); err != nil {
 			s.Errorf("kill: %v", err)
 		}
+		s.done.Store(0)
 		s.count("berthd")
 		if err := s.Start(s.ctx); err != nil {
 			s.Errorf("berthd does not start again: %v", err)
 			return
 		}
 	}
+}
+
+// progress waits until the present berthd has done something for somebody: on a
+// machine that is slow at the moment it would be killed before, for ever.
+func (s *soak) progress(ctx context.Context) bool {
+	for s.done.Load() < soakProgress {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	return true
 }
 
 func (s *soak) killShims(ctx context.Context) {

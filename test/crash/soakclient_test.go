@@ -41,12 +41,16 @@ type box struct {
 // try repeats a call until it succeeds, like a kubelet. done may take an error
 // for the end of the matter.
 func (c *client) try(what string, call func(context.Context) error, done func(error) bool) error {
-	for end := time.Now().Add(2 * retryLimit); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(5 * retryLimit); ; time.Sleep(20 * time.Millisecond) {
 		ctx, cancel := context.WithTimeout(c.ctx, callLimit)
 		err := call(ctx)
 		cancel()
 		c.calls.Add(1)
-		if err == nil || done != nil && done(err) {
+		if err == nil {
+			c.done.Add(1)
+			return nil
+		}
+		if done != nil && done(err) {
 			return err
 		}
 		c.retried.Add(1)
