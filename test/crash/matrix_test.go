@@ -91,9 +91,9 @@ func actionsAt(p pass, shims bool) []string {
 		return []string{failpoint.Error, failpoint.Hang, failpoint.Kill, victimDaemon}
 	case p.point == "runc start.run" || p.point == "runc delete.run":
 		// No rubbish: nobody can tell that a runtime has not done what it says.
-		return []string{failpoint.Error, failpoint.Hang, failpoint.Kill, "halfway", "lose"}
+		return []string{failpoint.Error, failpoint.Hang, failpoint.Kill, failpoint.Sleep, "halfway", "lose"}
 	case programs[name] && strings.HasSuffix(p.point, ".run"):
-		return []string{failpoint.Error, failpoint.Hang, failpoint.Kill, "halfway", "lose", "rubbish"}
+		return []string{failpoint.Error, failpoint.Hang, failpoint.Kill, failpoint.Sleep, "halfway", "lose", "rubbish"}
 	case programs[name]:
 		return []string{failpoint.Error, failpoint.Hang, failpoint.Kill}
 	case shims:
