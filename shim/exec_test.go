@@ -90,6 +90,26 @@ func TestExecFails(t *testing.T) {
 	}
 }
 
+// A runtime that is killed while it writes its pid file does not spoil the next
+// exec.
+func TestExecRuntimeKilled(t *testing.T) {
+	c := newContainer(t, "/bin/sleep", "1000")
+	real, once := c.l.Runtime, c.path("once")
+	c.l.Runtime = c.path("runtime.sh")
+	mustT(t, os.WriteFile(once, nil, 0o600))
+	mustT(t, os.WriteFile(c.l.Runtime, []byte("#!/bin/sh\ncase \"$*\" in *\" exec \"*) if rm "+once+
+		"; then : >"+c.l.Bundle+"/.exec-1.pid; : >"+c.l.Bundle+"/exec-1.pid; kill -9 $$; fi;; esac\nexec "+real+" \"$@\"\n"), 0o755))
+	c.run()
+	if r, err := c.exec(shim.ExecRequest{}, "true"); !errors.Is(err, shim.ErrRuntime) {
+		t.Errorf("got %+v, %v; want ErrRuntime", r, err)
+	}
+	for range 2 {
+		if r, err := c.exec(shim.ExecRequest{}, "true"); err != nil || r.ExitCode != 0 {
+			t.Errorf("after it: %+v, %v", r, err)
+		}
+	}
+}
+
 // The runtime hangs before it has started the process.
 func TestExecRuntimeHangs(t *testing.T) {
 	c := newContainer(t, "/bin/sleep", "1000")

@@ -226,6 +226,11 @@ func (x *exec) started(e *stepError) {
 	pid := 0
 	if e == nil {
 		pid, _ = readPid(x.s.bundle, x.pidFile)
+	} else {
+		// The name is used again, and a runtime that was killed while it wrote
+		// the file has left what runc writes first, which it refuses to find.
+		unlinkAt(x.s.bundle, x.pidFile)
+		unlinkAt(x.s.bundle, append([]byte("."), x.pidFile...))
 	}
 	x.begun(e, pid)
 }
