@@ -290,6 +290,13 @@ func (s *soak) empty() {
 	left, err := s.Settle(s.ctx, s.before, time.Minute)
 	s.must(err)
 	for _, l := range left {
+		// host-local, killed between the making of its file and the writing of the
+		// owner's name into it: nobody can tell whose address that was.
+		if strings.HasPrefix(l, "address:") && strings.HasSuffix(l, " of ") && s.kills["host-local"]+s.kills["bridge"] > 0 {
+			s.Logf("left by a killed plugin: %s", l)
+			s.before[l] = true
+			continue
+		}
 		s.Errorf("leak: %s", l)
 	}
 	s.forget(time.Now())
