@@ -107,6 +107,11 @@ func TestIDMappedMounts(t *testing.T) {
 		t.Skip("needs root: mounts file systems")
 	}
 	dir := t.TempDir()
+	// A private mount, as berth's run directory is: else the mounts come out
+	// where the root is a shared one.
+	mustT(t, unix.Mount(dir, dir, "", unix.MS_BIND, ""))
+	t.Cleanup(func() { mustT(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	mustT(t, unix.Mount("", dir, "", unix.MS_PRIVATE, ""))
 	for _, d := range []string{"layers/1", "snapshots/2/upper", "snapshots/2/work", "bundle/rootfs", "bundle/vol-0"} {
 		mustT(t, os.MkdirAll(dir+"/"+d, 0o755))
 	}
@@ -137,7 +142,7 @@ func TestIDMappedMounts(t *testing.T) {
 	if st.Uid != 4 || st.Gid != 5 || st.Mode&0o777 != 0o644 {
 		t.Errorf("in the writable layer: %d:%d, mode %o", st.Uid, st.Gid, st.Mode)
 	}
-	if table, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(table), dir) {
+	if table, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(table), dir+"/") {
 		t.Errorf("mounts have come out: %v", err)
 	}
 	// The runtime dies with who started it, though that changes its user meanwhile.
