@@ -126,6 +126,7 @@ func (r *aheadReader) readAhead() {
 	for r.stuck && !r.busy && !r.ended && r.err == nil && len(r.ahead)+aheadBlock <= limit {
 		if r.all.Add(aheadBlock) > maxAhead {
 			r.all.Add(-aheadBlock)
+			r.lookLaterLocked() // others may have given back their share by then
 			return
 		}
 		if buf == nil {

@@ -75,7 +75,7 @@ func (s *Service) running(id string) (*container, error) {
 
 // readSpec reads the OCI specification that a container was made with.
 func (s *Service) readSpec(id string) (*specs.Spec, error) {
-	text, err := readBounded(filepath.Join(s.bundleDir(id), "config.json"), maxConfig)
+	text, err := readBounded(filepath.Join(s.bundleDir(id), "config.json"), maxBundle)
 	if err != nil {
 		return nil, fmt.Errorf("container %s: bundle: %w", id, err)
 	}
@@ -121,9 +121,15 @@ func (s *Service) UpdateResources(ctx context.Context, req *runtime.UpdateContai
 	return err
 }
 
-// updateResources changes the limits; beyond has what the CRI has no words for, nil
-// for nothing.
-func (s *Service) updateResources(ctx context.Context, o *op, id string, update *runtime.LinuxContainerResources, beyond *specs.LinuxResources) error {
+// change is an update of a container's limits.
+type change struct {
+	update *runtime.LinuxContainerResources
+	beyond *specs.LinuxResources // what the CRI has no words for; nil for nothing
+	undo   time.Duration         // how long it may take to undo it
+}
+
+// updateResources changes the limits.
+func (s *Service) updateResources(ctx context.Context, o *op, id string, ch change) error {
 	o.enter("turn")
 	done, err := s.updates.take(ctx, id)
 	if err != nil {
@@ -137,7 +143,7 @@ func (s *Service) updateResources(ctx context.Context, o *op, id string, update 
 	if c.State != StateCreated && c.State != StateRunning {
 		return fmt.Errorf("%w: container %s is %s", ErrState, id, c.State)
 	}
-	merged := spec.MergeResources(c.resources, update)
+	merged := spec.MergeResources(c.resources, ch.update)
 	res, err := spec.ResolveResources(merged, s.host)
 	if err != nil {
 		return fmt.Errorf("container %s: %w", id, err)
@@ -148,7 +154,7 @@ func (s *Service) updateResources(ctx context.Context, o *op, id string, update 
 	}
 	rt := s.runtimeOfContainer(c)
 	res.Devices = nil // device rules are not part of an update
-	addBeyondCRI(res, beyond)
+	addBeyondCRI(res, ch.beyond)
 	err = o.steps(ctx, []step{
 		{"update", func(ctx context.Context) error { return rt.update(ctx, id, res) }},
 		{"record", func(context.Context) error {
@@ -157,14 +163,14 @@ func (s *Service) updateResources(ctx context.Context, o *op, id string, update 
 		}},
 	})
 	if err != nil {
-		return errors.Join(fmt.Errorf("container %s: %w", id, err), s.restoreResources(ctx, rt, c))
+		return errors.Join(fmt.Errorf("container %s: %w", id, err), s.restoreResources(ctx, rt, c, ch.undo))
 	}
 	return nil
 }
 
 // restoreResources sets the limits back to what the book says, after an update
 // that may have been carried out in part.
-func (s *Service) restoreResources(ctx context.Context, rt ociRuntime, c *container) error {
+func (s *Service) restoreResources(ctx context.Context, rt ociRuntime, c *container, limit time.Duration) error {
 	if s.exited(c.ID) {
 		return nil
 	}
@@ -174,7 +180,7 @@ func (s *Service) restoreResources(ctx context.Context, rt ociRuntime, c *contai
 	}
 	old.Devices = nil
 	// Not for undoTimeout: the next update has to wait for it.
-	undo, cancel := cleanup(ctx, min(undoTimeout, s.cfg.ContainerTimeout))
+	undo, cancel := cleanup(ctx, min(limit, s.cfg.ContainerTimeout))
 	defer cancel()
 	if err := rt.update(undo, c.ID, old); err != nil {
 		return fmt.Errorf("limits not set back: %w", err)

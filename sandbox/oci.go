@@ -344,4 +344,8 @@ func (s *Service) firstVerdicts(ctx context.Context) {
 	for _, r := range s.runtimes {
 		_, _ = r.now(ctx) // what is wrong with it is for Status to say
 	}
+	select {
+	case <-s.lookAtUserNS():
+	case <-ctx.Done():
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
@@ -148,23 +149,29 @@ func (s *Service) applyUpdate(ctx context.Context, u nri.Update) (madeUpdate, er
 	}
 	m := madeUpdate{update: u, old: c}
 	var err error
-	if m.limits, err = s.groupOf(c).Limits(); err != nil {
-		return m, fmt.Errorf("%w: container %s: %w", ErrState, c.ID, err) // it ends just now
+	if m.limits, err = s.groupOf(c).Limits(); err != nil && s.exited(c.ID) {
+		return m, fmt.Errorf("%w: container %s: %w", ErrState, c.ID, err)
 	}
+	// Without limits that can be read, as a runtime may keep them elsewhere, only
+	// what the book knows can be taken back.
 	o := &op{verb: "update container", object: c.ID}
-	return m, s.updateResources(ctx, o, c.ID, criResources(u.Resources), u.Resources)
+	return m, s.updateResources(ctx, o, c.ID, change{criResources(u.Resources), u.Resources, pluginUndo})
 }
+
+// pluginUndo is how long it may take to undo an update that plugins wanted: all
+// of them wait meanwhile.
+const pluginUndo = 5 * time.Second
 
 // takeBack undoes an update: what the container was given before is set again, and
 // what had no limit gets the one that the kernel had. Of keys of cgroup v2, of
 // huge pages and of what only the OCI knows, nothing is taken back that had not
 // been set before.
 func (s *Service) takeBack(ctx context.Context, m madeUpdate) error {
-	ctx, cancel := cleanup(ctx, undoTimeout)
+	ctx, cancel := cleanup(ctx, pluginUndo)
 	defer cancel()
 	back := pastResources(criResources(m.update.Resources), m.old.resources, m.limits)
 	o := &op{verb: "update container back", object: m.old.ID}
-	if err := s.updateResources(ctx, o, m.old.ID, back, nil); err != nil && !s.exited(m.old.ID) {
+	if err := s.updateResources(ctx, o, m.old.ID, change{update: back, undo: pluginUndo}); err != nil && !s.exited(m.old.ID) {
 		klog.FromContext(ctx).Error(err, "Update not taken back", "containerID", m.old.ID)
 		return fmt.Errorf("update of container %s not taken back: %w", m.old.ID, err)
 	}
@@ -231,14 +238,14 @@ func (s *Service) updateAsked(ctx context.Context, o *op, id string, update *run
 		p = v.pods[c.PodID]
 	}
 	if s.deps.Plugins == nil || p == nil || (c.State != StateCreated && c.State != StateRunning) {
-		return s.updateResources(ctx, o, id, update, nil)
+		return s.updateResources(ctx, o, id, change{update: update, undo: undoTimeout})
 	}
 	o.enter("plugins")
 	applied, err := s.deps.Plugins.Update(ctx, s.pluginPod(p), s.pluginContainer(c), ociResources(update))
 	switch {
 	case err != nil:
 	case !applied:
-		err = s.updateResources(ctx, o, id, update, nil)
+		err = s.updateResources(ctx, o, id, change{update: update, undo: undoTimeout})
 	case s.exited(id): // which is no failure of an update that plugins want
 		err = fmt.Errorf("%w: container %s has exited", ErrState, id)
 	}

@@ -198,9 +198,29 @@ func (s *Service) moveCgroup(plan *containerPlan) error {
 			return fmt.Errorf("cgroups_path %.200q: %s does not exist", to, above)
 		}
 	}
-	plan.row.CgroupPath, plan.group = to, s.hier.Group(plan.rt.driver, to)
+	g := s.hier.Group(plan.rt.driver, to)
+	if err := s.freeGroup(plan.row.ID, g); err != nil {
+		return fmt.Errorf("cgroups_path %.200q: %w", to, err)
+	}
+	plan.row.CgroupPath, plan.group = to, g
 	_, err := s.book.updateContainer(plan.row.ID, func(_ *store.Tx, r *containerRow) error { r.CgroupPath = to; return nil })
 	return err
+}
+
+// freeGroup refuses a control group that is somebody else's: what is in the group of
+// a container is killed with it.
+func (s *Service) freeGroup(id string, g cgroup.Group) error {
+	if g.IsZero() || g.Exists() {
+		return errors.New("exists already, or names no control group")
+	}
+	within := func(a, b string) bool { return a == b || strings.HasPrefix(a, b+"/") }
+	for _, o := range s.book.view().containers {
+		other := s.groupOf(o)
+		if o.ID != id && !other.IsZero() && (within(other.Path(), g.Path()) || within(g.Path(), other.Path())) {
+			return fmt.Errorf("is, or is above or below, that of container %s", o.ID)
+		}
+	}
+	return nil
 }
 
 // tell tells plugins of an event of a container and returns what they say.
@@ -271,12 +291,15 @@ func (s *Service) tellPodStop(ctx context.Context, p *pod) {
 	if s.deps.Plugins == nil {
 		return
 	}
+	// One limit for all of them: with busy plugins the rest is told later.
+	soon, cancel := context.WithTimeout(ctx, newsLimit)
+	defer cancel()
 	for _, c := range s.book.view().byPod[p.ID] {
 		if c.State == StateExited {
-			s.tellNews(ctx, nri.StopContainer, c.ID)
+			s.tellNews(soon, nri.StopContainer, c.ID)
 		}
 	}
-	s.tellPodNews(ctx, nri.StopPodSandbox, p)
+	s.tellPodNews(soon, nri.StopPodSandbox, p)
 }
 
 // tellPodRemoval tells plugins that a pod is gone.

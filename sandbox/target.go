@@ -16,8 +16,9 @@ import (
 
 // openTarget opens the PID namespace of a container that runs. Everything is
 // looked up below one open directory of /proc, which is that process and no later
-// one; that it is the container's shows in its cgroup.
-func openTarget(c *container) (*os.File, error) {
+// one; that it is the container's shows in its cgroup, whose path is given, as
+// plugins may have chosen it.
+func openTarget(c *container, group string) (*os.File, error) {
 	gone := func(err error) error {
 		return fmt.Errorf("%w: PID namespace of container %s, which may have ended: %w", ErrState, c.ID, err)
 	}
@@ -35,7 +36,7 @@ func openTarget(c *container) (*os.File, error) {
 	if err != nil {
 		return nil, gone(err)
 	}
-	if !bytes.Contains(text, []byte(c.ID)) {
+	if !bytes.Contains(text, []byte(c.ID)) && (len(group) < 2 || !bytes.Contains(text, []byte(group))) {
 		return nil, gone(fmt.Errorf("process %d is another one by now", c.Pid))
 	}
 	ns, err := openBelow(dir, "ns/pid")
@@ -69,7 +70,7 @@ func (s *Service) joinTarget(plan *containerPlan) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := openTarget(t)
+	f, err := openTarget(t, s.groupOf(t).Path())
 	if err != nil {
 		return nil, err
 	}

@@ -16,7 +16,7 @@ func TestOpenTarget(t *testing.T) {
 	}
 	// Something that stands in the test's own cgroup stands for the ID.
 	id := strings.TrimSpace(strings.Split(string(own), "\n")[0])
-	f, err := openTarget(&container{containerRow: containerRow{ID: id, Pid: os.Getpid()}})
+	f, err := openTarget(&container{containerRow: containerRow{ID: id, Pid: os.Getpid()}}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,7 +33,7 @@ func TestOpenTarget(t *testing.T) {
 		"gone":   {ID: id, Pid: 1 << 30},
 		"exited": {ID: id},
 	} {
-		if _, err := openTarget(&container{containerRow: c}); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), c.ID) {
+		if _, err := openTarget(&container{containerRow: c}, ""); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), c.ID) {
 			t.Errorf("%s: got %v, want ErrState with the ID", name, err)
 		}
 	}

@@ -163,23 +163,52 @@ func (s *Service) userNSOfPod(id string) *userNS {
 	return nil
 }
 
-// userNSSupport is what was found out about this node, once it is asked for.
+// userNSSupport is what was found out about this node.
 type userNSSupport struct {
-	mu  sync.Mutex
-	at  time.Time
-	err error // why it has no user namespaces for pods
+	mu   sync.Mutex
+	look chan struct{} // closed when the look under way ends; nil if there is none
+	at   time.Time     // zero before the first answer
+	err  error         // why it has no user namespaces for pods
 }
 
-// kernelUserNS tells why neither kernel nor file system can do user namespaces for
-// pods; nil if they can. That is found out at the first call, and again a while
-// after it has failed.
-func (s *Service) kernelUserNS() error {
+// userNSAgain is how long a node that has none is not asked again: it takes a
+// process and files on the disk.
+const userNSAgain = time.Minute
+
+// lookAtUserNS finds out in the background, unless it is known, whether kernel and
+// file system can do user namespaces for pods. What it returns is closed then.
+func (s *Service) lookAtUserNS() <-chan struct{} {
 	k := &s.userNS
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.at.IsZero() || k.err != nil && time.Since(k.at) > probeAgain {
-		k.err = s.tryUserNS()
-		k.at = time.Now()
+	if k.look != nil {
+		return k.look
+	}
+	done := make(chan struct{})
+	if !k.at.IsZero() && (k.err == nil || time.Since(k.at) < userNSAgain) {
+		close(done)
+		return done
+	}
+	k.look = done
+	go func() {
+		err := s.tryUserNS()
+		k.mu.Lock()
+		k.look, k.at, k.err = nil, time.Now(), err
+		k.mu.Unlock()
+		close(done)
+	}()
+	return done
+}
+
+// kernelUserNS returns at once what is known: why neither kernel nor file system
+// can do user namespaces for pods, nil if they can.
+func (s *Service) kernelUserNS() error {
+	s.lookAtUserNS()
+	k := &s.userNS
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.at.IsZero() {
+		return errors.New("user namespaces: not probed yet")
 	}
 	return k.err
 }
@@ -271,6 +300,11 @@ func (s *Service) planUserNS(ctx context.Context, cfg *runtime.PodSandboxConfig,
 	f, err := rt.now(ctx)
 	if err != nil {
 		return nil, err
+	}
+	select {
+	case <-s.lookAtUserNS():
+	case <-ctx.Done():
+		return nil, fmt.Errorf("user namespaces: state_dir %s does not answer: %w", s.cfg.StateDir, ctx.Err())
 	}
 	if err := s.canUserNS(f); err != nil {
 		return nil, fmt.Errorf("%w: %s.mode: POD: handler %q: %w", ErrInvalid, usernsField, rt.handler, err)

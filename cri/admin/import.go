@@ -77,7 +77,11 @@ type patient struct {
 // Read implements io.Reader.
 func (p *patient) Read(b []byte) (int, error) {
 	_ = p.c.SetReadDeadline(time.Now().Add(bodyTimeout))
-	return p.Reader.Read(b)
+	n, err := p.Reader.Read(b)
+	if err != nil {
+		_ = p.c.SetReadDeadline(time.Time{}) // it would end the request, too
+	}
+	return n, err
 }
 
 // openAs opens a path as the client's process sees it, which may have another root.

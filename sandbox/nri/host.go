@@ -125,6 +125,9 @@ func (h *Host) start(dir string) (*adaptation.Adaptation, error) {
 		err = os.Chmod(h.cfg.Socket, 0o600)
 	}
 	if err != nil {
+		if lib != nil {
+			lib.Stop() // with the plugins that it has started
+		}
 		return nil, fmt.Errorf("NRI: %w", err)
 	}
 	return lib, nil

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -368,6 +369,11 @@ func (c *client) complete(b *box) {
 		got = append(got, f[len(f)-1])
 	}
 	want := []string{"line 1", "line 2", "line 3", "line 4", "line 5", "line 6"}
+	// One that waits for its stop may be stopped before it has printed all but
+	// the last line.
+	if n := len(got) - 1; !b.ends && n >= 0 && n < len(want) && got[n] == want[5] {
+		want = append(slices.Clone(want[:n]), want[5])
+	}
 	if strings.Join(got, "|") != strings.Join(want, "|") {
 		c.violate("container %.12s, which ended with %d: log %q", b.id, b.code, got)
 	}

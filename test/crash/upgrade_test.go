@@ -68,7 +68,8 @@ func TestUpgrade(t *testing.T) {
 		t.Run("protocol "+version, func(t *testing.T) {
 			old := buildOld(t, commit)
 			links := filepath.Join(t.TempDir(), "bin")
-			r := newNode(t, node.Options{Bin: links})
+			// The old one does not know the keys.
+			r := newNode(t, node.Options{Bin: links, Without: []string{"nri_socket_path", "nri_plugin_path", "nri_plugin_config_path"}})
 			r.must(os.Symlink(old, links))
 			r.begin()
 			pod, cfg := r.pod("upgrade")
@@ -91,6 +92,9 @@ func TestUpgrade(t *testing.T) {
 			}
 			r.must(os.Remove(links))
 			r.must(os.Symlink(bin, links))
+			conf, err := os.ReadFile(r.Config)
+			r.must(err)
+			r.must(os.WriteFile(r.Config, append([]byte("nri = false\n"), conf...), 0o600))
 			time.Sleep(2 * time.Second) // the brief one ends
 			r.must(r.Start(r.ctx))
 			r.upgraded(pod, cfg, talker, quiet, brief, made.ContainerId, pids)
