@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -53,7 +54,10 @@ func (s *Service) image(c *container, sp *specs.Spec, p *specs.Process) *shim.Ex
 		return nil // who joins it stands still; the runtime refuses
 	}
 	at := shim.Surroundings{ID: c.ID, Cgroups: group.Dirs(), Capability: spec.CapabilityNumber}
-	if !slices.ContainsFunc(p.Env, func(kv string) bool { return strings.HasPrefix(kv, "HOME=") && kv != "HOME=" }) {
+	if !sameNamespace(c.Pid, "user") || !sameNamespace(c.Pid, "time") {
+		return nil // the init has made itself one that it was not given
+	}
+	if home := lastOf(p.Env, "HOME="); home == "" {
 		var err error
 		if at.Home, err = homeOf(c.Pid, p.User.UID); err != nil {
 			return nil
@@ -127,9 +131,40 @@ func homeOf(pid int, uid uint32) (string, error) {
 		return "", err
 	}
 	defer root.Close()
-	passwd, err := readInRoot(root, "etc/passwd", maxUserDB)
+	// Not on a volume, which may hang: nothing here has a deadline.
+	fd, err := openat2(int(root.Fd()), "etc/passwd", &unix.OpenHow{
+		Flags:   unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_XDEV,
+	})
+	if errors.Is(err, unix.ENOENT) {
+		return "/", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	passwd, err := readRegular(fd, "etc/passwd", maxUserDB)
 	if err != nil {
 		return "", err
 	}
 	return spec.Home(passwd, uid), nil
+}
+
+// lastOf is the value of a variable, the last one counts; "" if it has none.
+func lastOf(env []string, prefix string) (value string) {
+	for _, kv := range env {
+		if v, ok := strings.CutPrefix(kv, prefix); ok {
+			value = v
+		}
+	}
+	return value
+}
+
+// sameNamespace tells whether a process is in this daemon's namespace of a kind.
+func sameNamespace(pid int, kind string) bool {
+	theirs, err := os.Readlink(filepath.Join("/proc", strconv.Itoa(pid), "ns", kind))
+	if err != nil {
+		return errors.Is(err, os.ErrNotExist) && kind == "time" // a kernel without them
+	}
+	ours, err := os.Readlink("/proc/self/ns/" + kind)
+	return err == nil && ours == theirs
 }

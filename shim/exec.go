@@ -91,12 +91,11 @@ func (c *Client) appendExec(b *wire.Builder, id uint32, r ExecRequest) error {
 // appendProcess appends the process file of an exec and what else is said of it.
 func (c *Client) appendProcess(b *wire.Builder, id uint32, p []byte, m *ExecImage) error {
 	if m != nil && c.hello.Version >= versionImage {
-		image, err := m.Append(nil)
-		if err != nil {
-			return fmt.Errorf("image: %w", err)
-		}
-		if err := appendData(b, id, wire.TagImage, image); err != nil {
-			return err
+		// One that cannot be made is left to the runtime, which says why.
+		if image, err := m.Append(nil); err == nil {
+			if err := appendData(b, id, wire.TagImage, image); err != nil {
+				return err
+			}
 		}
 	}
 	return appendData(b, id, wire.TagData, p)

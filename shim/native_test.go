@@ -16,6 +16,7 @@ import (
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/berthd/berth/shim"
 )
@@ -349,5 +350,33 @@ func TestImageOfLeavesToTheRuntime(t *testing.T) {
 		if m, err := shim.ImageOf(sp, sp.Process, at); !errors.Is(err, shim.ErrUnsupported) || !strings.Contains(err.Error(), test.what) {
 			t.Errorf("%s: %v, %v", test.what, m, err)
 		}
+	}
+}
+
+// Nobody can write to the shim's program through a process that runs it, not even
+// after all of these have ended: an image may have a program that is a link to it.
+func TestProgramIsReadOnly(t *testing.T) {
+	needNewRunc(t)
+	c := newContainer(t, "/bin/sleep", "1000")
+	c.process["capabilities"] = map[string]any{}
+	mustT(t, os.Symlink("/proc/self/exe", filepath.Join(c.path("lower/bin"), "itself")))
+	c.run()
+	fd, err := unix.Open(fmt.Sprintf("/proc/%d/exe", c.up.ShimPID), unix.O_PATH|unix.O_CLOEXEC, 0)
+	mustT(t, err)
+	defer unix.Close(fd)
+	// With O_TRUNC the mount is looked at before whether the file is running.
+	if again, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", fd), unix.O_WRONLY|unix.O_TRUNC|unix.O_CLOEXEC, 0); err != unix.EROFS {
+		unix.Close(again)
+		t.Errorf("the shim's program opened for writing: %v, want EROFS", err)
+	}
+	sp := c.typedSpec()
+	p := *sp.Process
+	p.Args = []string{"itself"}
+	r, err := c.execNative(sp, p, "/")
+	if err == nil && r.ExitCode == 0 {
+		t.Errorf("the shim's program as a command: %+v", r)
+	}
+	if text, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", c.up.ShimPID)); err != nil || string(text) != "berth-shim\n" {
+		t.Errorf("the shim is called %q, %v", text, err)
 	}
 }

@@ -77,7 +77,7 @@ func spawn(binary, socket, id string) (net.Conn, error) {
 	}
 	defer null.Close()
 	pidfd := -1
-	pid, err := syscall.ForkExec(binary, []string{argv0, socket, id}, &syscall.ProcAttr{
+	pid, err := syscall.ForkExec(readOnly(binary), []string{argv0, socket, id}, &syscall.ProcAttr{
 		Dir:   "/",
 		Env:   shimEnv,
 		Files: []uintptr{null.Fd(), null.Fd(), null.Fd(), uintptr(pair[1])},
@@ -144,6 +144,10 @@ func ListShims(runDir string) (map[string]int, error) {
 		}
 		socket, id := shimCommand(name)
 		if id == "" || !strings.HasPrefix(socket, runDir) {
+			continue
+		}
+		// A shim leads its session; what it has just forked does not.
+		if sid, err := unix.Getsid(pid); err != nil || sid != pid {
 			continue
 		}
 		if ns, err := os.Readlink("/proc/" + name + "/ns/mnt"); err == nil && ns == own {

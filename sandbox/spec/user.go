@@ -253,8 +253,10 @@ func findAccount(passwd []byte, want func(account) bool) (account, bool) {
 func Home(passwd []byte, uid uint32) string {
 	for line := range bytes.Lines(passwd) {
 		if len(line) >= 64<<10 {
-			return "/"
+			return "/" // wherever it stands
 		}
+	}
+	for line := range bytes.Lines(passwd) {
 		f := bytes.Split(bytes.TrimSpace(line), []byte(":"))
 		if len(f[0]) == 0 && len(f) == 1 {
 			continue

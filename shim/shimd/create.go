@@ -249,6 +249,7 @@ func (s *shim) start(p pending) *stepError {
 			s.status = wire.StatusRunning
 		}
 		if e != nil {
+			s.filter.unwatch()
 			p.error(e)
 		} else {
 			p.ok()
@@ -257,6 +258,7 @@ func (s *shim) start(p pending) *stepError {
 	e := s.verb("runtime start", s.l.CreateTimeout, done, "start", s.l.ID)
 	if e != nil {
 		s.starting = false
+		s.filter.unwatch()
 	}
 	return e
 }

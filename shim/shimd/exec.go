@@ -176,22 +176,40 @@ func (x *exec) startNative() bool {
 // nothing of it has run, so that the runtime can be asked, and say why.
 func (x *exec) startedNative(e *stepError) {
 	pid := x.native.second()
-	if e == nil || x.over || x.killed || e.Code == wire.CodeTimeout {
+	if e != nil && pid > 0 {
+		x.s.expect(pid, forget)
+	}
+	// Only a report proves that nothing of the command has run: its starter may
+	// have been killed by somebody else, when the command was on its way.
+	r := &reports[x.native.slot]
+	if e == nil || x.over || x.killed || x.native.why != nil || r.errno == 0 {
 		if e != nil && pid > 0 {
-			killTree(pid) // it was on its way when its starter was killed
+			killTree(pid)
 		}
 		x.closeStdio()
-		x.byItself = e == nil
+		if x.byItself = e == nil; x.byItself {
+			x.s.failures = 0
+		}
 		x.begun(e, pid)
 		return
 	}
-	if r := &reports[x.native.slot]; r.errno == int32(unix.ENOSYS) || r.at == atSetns && r.errno == int32(unix.EINVAL) {
+	switch {
+	case r.errno == int32(unix.ENOSYS) || r.at == atSetns && r.errno == int32(unix.EINVAL):
 		x.s.noNative = true
+	case r.at != atExec && r.at != atChdir: // which are the command's own
+		x.s.failures++
+		x.s.noNative = x.s.failures >= maxFailures
 	}
 	if e := x.startRuntime(); e != nil {
 		x.finish(e)
 	}
 }
+
+// maxFailures is how often in a row the shim tries in vain what lies in the
+// container and not in the command, such as a cgroup that takes no processes.
+const maxFailures = 3
+
+func forget(unix.WaitStatus) {}
 
 func (x *exec) startRuntime() *stepError {
 	if e := x.job.begin(); e != nil {
@@ -417,7 +435,7 @@ func (x *exec) finish(e *stepError) {
 		r.Append(b, x.p.call)
 		x.c.send(b.Buf)
 	}
-	if x.stream {
+	if x.stream || x.byItself {
 		s.garbage += streamGarbage
 	}
 	x.release()

@@ -18,7 +18,8 @@ type filter struct {
 	fd     int // memory file, -1 for none
 	count  int // instructions
 	flags  uint64
-	traced int // process, 0 for none
+	traced int  // process, 0 for none
+	drop   bool // at its next stop, with nothing read
 }
 
 const (
@@ -59,16 +60,29 @@ func (s *shim) stopped(pid int, ws unix.WaitStatus) {
 		f.read()
 		ptrace(unix.PTRACE_DETACH, pid, 0, 0)
 		f.untrace()
+	case f.drop:
+		ptrace(unix.PTRACE_DETACH, pid, 0, 0)
+		f.untrace()
+	case int(ws)>>16 == unix.PTRACE_EVENT_STOP && ws.StopSignal() != unix.SIGTRAP:
+		ptrace(unix.PTRACE_LISTEN, pid, 0, 0) // the whole group stays stopped
 	case int(ws)>>16 == unix.PTRACE_EVENT_STOP:
-		ptrace(unix.PTRACE_LISTEN, pid, 0, 0) // a stop of the whole group
+		ptrace(unix.PTRACE_CONT, pid, 0, 0) // it was continued
 	default:
 		ptrace(unix.PTRACE_CONT, pid, 0, uintptr(ws.StopSignal()))
 	}
 }
 
+// unwatch ends the tracing of an init that was not started. That takes a stop.
+func (f *filter) unwatch() {
+	if f.traced != 0 {
+		f.drop = true
+		ptrace(unix.PTRACE_INTERRUPT, f.traced, 0, 0)
+	}
+}
+
 func (f *filter) untrace() {
 	if f.traced != 0 {
-		f.traced = 0
+		f.traced, f.drop = 0, false
 		runtime.UnlockOSThread()
 	}
 }

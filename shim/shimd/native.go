@@ -122,6 +122,7 @@ var (
 	childPath    [unix.PathMax]byte
 	childCPUs    [1024 / 8]byte
 	childCaps    [2]unix.CapUserData
+	childAction  [4]uint64 // SIG_DFL
 	childCapHead = unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 )
 
@@ -264,6 +265,11 @@ func childWrite(path, text, length uintptr) unix.Errno {
 func become(p *forkPlan) (at, failure int32) {
 	n := p.native
 	flags := n.words[wire.WordFlags]
+	// A handler of the Go runtime, or one of the shim's that does nothing, must not
+	// get a signal that is meant for the command.
+	for sig := uintptr(1); sig <= 64; sig++ {
+		unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, uintptr(unsafe.Pointer(&childAction)), 0, 8, 0, 0)
+	}
 	if at, failure = settle1(n, flags); failure != 0 {
 		return at, failure
 	}

@@ -19,6 +19,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -65,7 +66,8 @@ type shim struct {
 	log      *logFile
 	oom      oomWatch
 	filter   filter
-	noNative bool // the kernel lacks something that native starts need
+	noNative bool // the kernel lacks something that native starts need, or they fail
+	failures int  // of native starts, in a row
 	execs    []*exec
 	spare    []*exec // to be used again
 	execSeq  int
@@ -94,6 +96,10 @@ func (s *shim) setup() (err error) {
 		runtime.GOMAXPROCS(1)
 	}
 	closeStrays()
+	// It is called by the number of the descriptor that it was started from.
+	name := [...]byte{'b', 'e', 'r', 't', 'h', '-', 's', 'h', 'i', 'm', 0}
+	unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(&name)), 0, 0, 0)
+	s.noNative = !onReadOnlyMount("/proc/self/exe")
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return err
 	}
@@ -133,6 +139,13 @@ func (s *shim) setup() (err error) {
 		return err
 	}
 	return s.accepted(launchFD)
+}
+
+// onReadOnlyMount tells whether the file cannot be written to through the mount
+// that it is reached by.
+func onReadOnlyMount(file string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(file, &st) == nil && st.Flags&unix.ST_RDONLY != 0
 }
 
 // closeStrays closes what berthd's process may have leaked, so that the shim

@@ -104,6 +104,9 @@ func (n *Node) files(m Marks, _ []string) error {
 			if err != nil {
 				return err
 			}
+			if path == filepath.Join(root, "init") {
+				return fs.SkipDir // whatever berthd runs has its own there
+			}
 			m["file: "+path] = true
 			rel, err := filepath.Rel(root, path)
 			if err == nil && d.IsDir() && strings.Count(rel, "/")+1 >= depth {
