@@ -265,10 +265,18 @@ func (s *Service) newsTold(e nri.Event, p nri.Pod, c nri.Container, err error) {
 }
 
 // tellExit tells plugins of a container that has ended, and keeps nobody waiting.
+// One that ended at once may still be in its start, of which they hear first.
 func (s *Service) tellExit(c *container) {
-	if s.deps.Plugins != nil {
-		s.newsLater(nri.StopContainer, s.pluginPodOf(c), s.pluginContainer(c))
+	if s.deps.Plugins == nil {
+		return
 	}
+	p, about := s.pluginPodOf(c), s.pluginContainer(c)
+	s.bg.Go(func() {
+		started, cancel := context.WithTimeout(s.ctx, newsLimit)
+		_ = s.ops.wait(started, "start container", c.ID)
+		cancel()
+		s.newsTold(nri.StopContainer, p, about, s.deps.Plugins.Tell(s.ctx, nri.StopContainer, p, about))
+	})
 }
 
 // pluginPodOf is a container's pod for plugins.
