@@ -163,6 +163,9 @@ func (h *history) judgeLocked(id string, o *object, st *runtime.ContainerStatus)
 	switch {
 	case byShim, st.ExitCode == o.code && o.starting:
 	case st.ExitCode == 137 && o.stopping:
+	case st.ExitCode == 2 && o.stopping && o.starting:
+		// The stop signal came before the program: the OCI runtime's init, a
+		// Go program with process ID 1, ends with 2 then.
 	case st.ExitCode == 128 && st.Reason == "StartError" && o.starting:
 	default:
 		h.violateLocked("container %.12s: exit code %d, reason %q, message %q; its own is %d, stop asked for: %v, shim killed: %v",

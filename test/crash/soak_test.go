@@ -63,13 +63,13 @@ type soak struct {
 // runtimes are killed at random. Each answer is held against a sequential model.
 // Then, without kills, berthd and the machine must not have grown.
 func TestSoak(t *testing.T) {
-	length := 10 * time.Second
-	if s := os.Getenv(soakEnv); s != "" {
-		d, err := time.ParseDuration(s)
-		if err != nil || d < 5*time.Second {
-			t.Fatalf("%s=%q: want a duration from 5s", soakEnv, s)
-		}
-		length = d
+	text := os.Getenv(soakEnv)
+	if text == "" {
+		t.Skipf("a load of its own: make soak, or %s=15m", soakEnv)
+	}
+	length, err := time.ParseDuration(text)
+	if err != nil || length < 5*time.Second {
+		t.Fatalf("%s=%q: want a duration from 5s", soakEnv, text)
 	}
 	metrics := filepath.Join(t.TempDir(), "metrics.sock")
 	opts := node.Options{Config: limits + fmt.Sprintf("metrics_listen = %q\n", "unix:"+metrics), CNI: plainNetwork}
