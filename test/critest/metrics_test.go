@@ -95,6 +95,8 @@ func TestMetrics(t *testing.T) {
 	for range 2 {
 		c.exec("sh", "-c", "sleep 300 >/dev/null 2>&1 &")
 	}
+	// Longer than the quota of a period, so that there has been one.
+	c.exec("sh", "-c", "i=0; while [ $i -lt 40000 ]; do i=$((i+1)); done")
 	got := p.metricsOf(c.id)
 	for name, want := range map[string][2]uint64{ // least and most
 		"container_last_seen":                                                      {1, 1 << 40},
