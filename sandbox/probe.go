@@ -161,18 +161,24 @@ func ask(ctx context.Context, path string) (runtimeFacts, error) {
 	return f, nil
 }
 
-var runcVersion = regexp.MustCompile(`^runc version v?(\d+)\.(\d+)`)
+var runcLine = regexp.MustCompile(`^runc version v?(\d+)\.(\d+)`)
+
+// runcVersion tells whether a line of --version is runc's, and if so whether of
+// this version or a later one.
+func runcVersion(line string, major, minor int) (recent, runc bool) {
+	m := runcLine.FindStringSubmatch(line)
+	if m == nil {
+		return false, false
+	}
+	a, _ := strconv.Atoi(m[1])
+	b, _ := strconv.Atoi(m[2])
+	return a > major || a == major && b >= minor, true
+}
 
 // checkVersion refuses a runc that is older than 1.1. What other runtimes call
 // themselves is not judged.
 func checkVersion(line string) error {
-	m := runcVersion.FindStringSubmatch(line)
-	if m == nil {
-		return nil
-	}
-	major, _ := strconv.Atoi(m[1])
-	minor, _ := strconv.Atoi(m[2])
-	if major < 1 || (major == 1 && minor < 1) {
+	if recent, runc := runcVersion(line, 1, 1); runc && !recent {
 		return fmt.Errorf("%q is too old: 1.1 or newer is needed", line)
 	}
 	return nil
@@ -180,13 +186,8 @@ func checkVersion(line string) error {
 
 // runc tells whether it is runc, of this version or a later one.
 func (f runtimeFacts) runc(major, minor int) bool {
-	m := runcVersion.FindStringSubmatch(f.Version)
-	if m == nil {
-		return false
-	}
-	a, _ := strconv.Atoi(m[1])
-	b, _ := strconv.Atoi(m[2])
-	return a > major || a == major && b >= minor
+	recent, _ := runcVersion(f.Version, major, minor)
+	return recent
 }
 
 // recursiveReadOnly tells whether the runtime knows the mount option "rro".
