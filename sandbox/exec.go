@@ -73,7 +73,12 @@ func (s *Service) running(id string) (*container, error) {
 	return c, nil
 }
 
-// readSpec reads the OCI specification that a container was made with.
+// maxBundle bounds the size of a bundle's config.json in bytes: a stored
+// configuration, and what was made of it.
+const maxBundle = 4 * maxConfig
+
+// readSpec reads the OCI specification that a container was made with. The error
+// is os.ErrNotExist if it is gone.
 func (s *Service) readSpec(id string) (*specs.Spec, error) {
 	text, err := readBounded(filepath.Join(s.bundleDir(id), "config.json"), maxBundle)
 	if err != nil {

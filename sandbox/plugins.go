@@ -2,11 +2,10 @@ package sandbox
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -86,20 +85,15 @@ func (s *Service) pluginContainer(c *container) nri.Container {
 	return out
 }
 
-// maxBundle bounds the size of a bundle's config.json in bytes: a stored
-// configuration, and what was made of it.
-const maxBundle = 4 * maxConfig
-
 // bundleSpec reads the specification that a container was made with, and puts its
 // resources in force into it. nil if it is gone.
 func (s *Service) bundleSpec(c *container) (*specs.Spec, error) {
-	text, err := readBounded(filepath.Join(s.bundleDir(c.ID), "config.json"), maxBundle)
-	if err != nil || len(text) == 0 {
-		return nil, err
+	sp, err := s.readSpec(c.ID)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
 	}
-	sp := new(specs.Spec)
-	if err := json.Unmarshal(text, sp); err != nil {
-		return nil, fmt.Errorf("bundle of container %s: %w", c.ID, err)
+	if err != nil {
+		return nil, err
 	}
 	if res, err := spec.ResolveResources(c.resources, s.host); err == nil && c.resources != nil && sp.Linux != nil && sp.Linux.Resources != nil {
 		now := sp.Linux.Resources
