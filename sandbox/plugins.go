@@ -242,14 +242,15 @@ func (s *Service) news(ctx context.Context, e nri.Event, p nri.Pod, c nri.Contai
 	defer cancel()
 	err := s.deps.Plugins.Tell(soon, e, p, c)
 	if errors.Is(err, nri.ErrWait) {
-		s.newsLater(e, p, c)
+		s.bg.Go(func() { s.newsLater(e, p, c) })
 		return
 	}
 	s.newsTold(e, p, c, err)
 }
 
+// newsLater is news for background work, which has time.
 func (s *Service) newsLater(e nri.Event, p nri.Pod, c nri.Container) {
-	s.bg.Go(func() { s.newsTold(e, p, c, s.deps.Plugins.Tell(s.ctx, e, p, c)) })
+	s.newsTold(e, p, c, s.deps.Plugins.Tell(s.ctx, e, p, c))
 }
 
 func (s *Service) newsTold(e nri.Event, p nri.Pod, c nri.Container, err error) {
@@ -269,7 +270,7 @@ func (s *Service) tellExit(c *container) {
 		started, cancel := context.WithTimeout(s.ctx, newsLimit)
 		_ = s.ops.wait(started, "start container", c.ID)
 		cancel()
-		s.newsTold(nri.StopContainer, p, about, s.deps.Plugins.Tell(s.ctx, nri.StopContainer, p, about))
+		s.newsLater(nri.StopContainer, p, about)
 	})
 }
 
