@@ -70,20 +70,13 @@ func (s *Service) statsOfPods(ctx context.Context, v *view, pods []*pod) ([]*run
 		}
 		return st
 	})
-	for i, devs := range eachNet(pods, <-nets) {
-		if devs != nil {
-			out[i].Linux.Network = networkUsage(devs, begun)
+	devs := <-nets
+	for i, p := range pods {
+		if l := devs[p.ID]; l != nil {
+			out[i].Linux.Network = networkUsage(l, begun)
 		}
 	}
 	return out, nil
-}
-
-func eachNet(pods []*pod, nets map[string][]netDev) [][]netDev {
-	out := make([][]netDev, len(pods))
-	for i, p := range pods {
-		out[i] = nets[p.ID]
-	}
-	return out
 }
 
 // podStats reads all but the network.
