@@ -79,7 +79,7 @@ func (s *Service) terminate(ctx context.Context, id string, timeout time.Duratio
 	}
 	begun := time.Now()
 	for wait := retryFirst; ; {
-		err := s.signal(grace, id, c.StopSignal)
+		err := s.signal(grace, id, c.StopSignal, false)
 		if err == nil || errors.Is(err, shim.ErrState) {
 			break
 		}
@@ -98,15 +98,16 @@ func (s *Service) terminate(ctx context.Context, id string, timeout time.Duratio
 // shimAnswer bounds how long a shim may take to send a signal.
 const shimAnswer = 3 * time.Second
 
-// signal has the shim send a signal to the container's init.
-func (s *Service) signal(ctx context.Context, id string, sig int) error {
+// signal has the shim send a signal to the container's init or, with all, to
+// every process of the container.
+func (s *Service) signal(ctx context.Context, id string, sig int, all bool) error {
 	ctx, cancel := context.WithTimeout(ctx, shimAnswer)
 	defer cancel()
 	client, err := s.client(ctx, id)
 	if err != nil {
 		return err
 	}
-	return client.Kill(ctx, sig, false)
+	return client.Kill(ctx, sig, all)
 }
 
 // waitExit waits until the exit of a container is in the book and tells whether
@@ -147,7 +148,7 @@ func (s *Service) kill(ctx context.Context, id string) error {
 	if s.exited(id) {
 		return nil
 	}
-	err := s.killByShim(ctx, id)
+	err := s.signal(ctx, id, int(unix.SIGKILL), true)
 	if errors.Is(err, errClosing) {
 		return err
 	}
@@ -186,17 +187,6 @@ func (s *Service) kill(ctx context.Context, id string) error {
 		err = fmt.Errorf("%w: %s", ErrStuck, describe(group))
 	}
 	return err
-}
-
-// killByShim has the shim kill all of the container.
-func (s *Service) killByShim(ctx context.Context, id string) error {
-	ctx, cancel := context.WithTimeout(ctx, shimAnswer)
-	defer cancel()
-	client, err := s.client(ctx, id)
-	if err != nil {
-		return err
-	}
-	return client.Kill(ctx, int(unix.SIGKILL), true)
 }
 
 // describe names the processes that are left and what they wait for.
