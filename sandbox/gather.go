@@ -326,11 +326,7 @@ func readUserDB(root *os.File) (passwd, group []byte, err error) {
 }
 
 func readInRoot(root *os.File, name string, limit int64) ([]byte, error) {
-	how := unix.OpenHow{
-		Flags:   unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY,
-		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-	}
-	fd, err := openat2(int(root.Fd()), name, &how)
+	fd, err := openInRoot(root, name, 0)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
 		return nil, nil
 	}
@@ -338,6 +334,15 @@ func readInRoot(root *os.File, name string, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	return readRegular(fd, name, limit)
+}
+
+// openInRoot opens a file, with root as its root directory, for readRegular. more
+// is what else its name must not lead through (openat2(2)).
+func openInRoot(root *os.File, name string, more uint64) (fd int, err error) {
+	return openat2(int(root.Fd()), name, &unix.OpenHow{
+		Flags:   unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS | more,
+	})
 }
 
 // openat2 tries again when the kernel could not be sure, because something was

@@ -132,10 +132,7 @@ func homeOf(pid int, uid uint32) (string, error) {
 	}
 	defer root.Close()
 	// Not on a volume, which may hang: nothing here has a deadline.
-	fd, err := openat2(int(root.Fd()), "etc/passwd", &unix.OpenHow{
-		Flags:   unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY,
-		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_XDEV,
-	})
+	fd, err := openInRoot(root, "etc/passwd", unix.RESOLVE_NO_XDEV)
 	if errors.Is(err, unix.ENOENT) {
 		return "/", nil
 	}
