@@ -238,20 +238,8 @@ func parseIOStat(b []byte) []DeviceIO {
 		}
 		for _, kv := range f[1:] {
 			key, value, _ := strings.Cut(kv, "=")
-			v, _ := strconv.ParseUint(value, 10, 64)
-			switch key {
-			case "rbytes":
-				d.ReadBytes = v
-			case "wbytes":
-				d.WriteBytes = v
-			case "rios":
-				d.Reads = v
-			case "wios":
-				d.Writes = v
-			case "dbytes":
-				d.DiscardBytes = v
-			case "dios":
-				d.Discards = v
+			if p := d.count(key); p != nil {
+				*p, _ = strconv.ParseUint(value, 10, 64)
 			}
 		}
 		out = append(out, d)
@@ -262,6 +250,10 @@ func parseIOStat(b []byte) []DeviceIO {
 // addBlkio adds the lines of a v1 file, "8:0 Read 4096", to what others have
 // told of the same devices. "Sync", "Async" and "Total" are other sums of the same.
 func addBlkio(devices []DeviceIO, b []byte, ops bool) []DeviceIO {
+	access, unit := map[string]string{"Read": "r", "Write": "w", "Discard": "d"}, "bytes"
+	if ops {
+		unit = "ios"
+	}
 	for line := range bytes.Lines(b) {
 		f := strings.Fields(string(line))
 		if len(f) != 3 {
@@ -276,28 +268,28 @@ func addBlkio(devices []DeviceIO, b []byte, ops bool) []DeviceIO {
 		if i < 0 {
 			i, devices = len(devices), append(devices, d)
 		}
-		if p := devices[i].count(f[1], ops); p != nil {
+		if p := devices[i].count(access[f[1]] + unit); p != nil {
 			*p = v
 		}
 	}
 	return sortDevices(devices)
 }
 
-// count is where the value of a kind of access belongs, nil for nowhere.
-func (d *DeviceIO) count(access string, ops bool) *uint64 {
-	switch {
-	case access == "Read" && ops:
-		return &d.Reads
-	case access == "Read":
+// count is where the value of a key of io.stat belongs, nil for nowhere.
+func (d *DeviceIO) count(key string) *uint64 {
+	switch key {
+	case "rbytes":
 		return &d.ReadBytes
-	case access == "Write" && ops:
-		return &d.Writes
-	case access == "Write":
+	case "wbytes":
 		return &d.WriteBytes
-	case access == "Discard" && ops:
-		return &d.Discards
-	case access == "Discard":
+	case "rios":
+		return &d.Reads
+	case "wios":
+		return &d.Writes
+	case "dbytes":
 		return &d.DiscardBytes
+	case "dios":
+		return &d.Discards
 	}
 	return nil
 }
