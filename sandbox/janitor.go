@@ -223,7 +223,7 @@ func (s *Service) sweep(ctx context.Context) error {
 	}
 	slices.Sort(handlers)
 	for _, name := range slices.Compact(handlers) {
-		rt := s.runtimeOf(name, rowRuntime{})
+		rt := s.runtimeOf(name, rowRuntime{}, "")
 		for _, id := range rt.ids() {
 			if !s.ownState(rt, id) {
 				continue

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -224,38 +225,27 @@ func (r ociRuntime) row() rowRuntime {
 // runtimeOf is the runtime that an object was made with. One that has gone from
 // the configuration since is run from where it was; if it is not there any more,
 // the object can still be undone, by its cgroup and by hand.
-func (s *Service) runtimeOf(handler string, o rowRuntime) ociRuntime {
-	name := o.Name
-	if name == "" {
-		name = handler
-	}
+func (s *Service) runtimeOf(handler string, o rowRuntime, driver string) ociRuntime {
+	name := cmp.Or(o.Name, handler)
 	r, err := s.handler(name)
 	if err != nil {
-		path := o.Path
-		if path == "" {
-			path = "/nonexistent/" + name
-		}
-		r = ociRuntime{prober: newProber(s.ctx, name, path), root: filepath.Join(s.cfg.RunDir, "oci", name)}
+		r = ociRuntime{prober: newProber(s.ctx, name, cmp.Or(o.Path, "/nonexistent/"+name)), root: filepath.Join(s.cfg.RunDir, "oci", name)}
 	}
 	if o.Root != "" {
 		r.root = o.Root
 	}
-	r.driver = o.Driver
+	r.driver = driver
 	return r
 }
 
 // The runtime and the cgroup of a container, and of the pod's init.
 
 func (s *Service) runtimeOfContainer(c *container) ociRuntime {
-	r := s.runtimeOf(c.Handler, c.OCI)
-	r.driver = c.driver()
-	return r
+	return s.runtimeOf(c.Handler, c.OCI, c.driver())
 }
 
 func (s *Service) runtimeOfPod(p *pod) ociRuntime {
-	r := s.runtimeOf(p.Handler, p.OCI)
-	r.driver = s.driverOf(p)
-	return r
+	return s.runtimeOf(p.Handler, p.OCI, s.driverOf(p))
 }
 
 func (s *Service) groupOf(c *container) cgroup.Group { return s.hier.Group(c.driver(), c.CgroupPath) }
