@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -207,7 +208,6 @@ func (s *Service) freeGroup(id string, g cgroup.Group) error {
 	if g.IsZero() || g.Exists() {
 		return errors.New("exists already, or names no control group")
 	}
-	within := func(a, b string) bool { return a == b || strings.HasPrefix(a, b+"/") }
 	for _, o := range s.book.view().containers {
 		other := s.groupOf(o)
 		if o.ID != id && !other.IsZero() && (within(other.Path(), g.Path()) || within(g.Path(), other.Path())) {
@@ -331,7 +331,7 @@ func (n pluginNode) Snapshot() (pods []nri.Pod, containers []nri.Container) {
 			containers = append(containers, n.s.pluginContainer(c))
 		}
 	}
-	slices.SortFunc(containers, func(a, b nri.Container) int { return int(min(max(a.Created-b.Created, -1), 1)) })
+	slices.SortFunc(containers, func(a, b nri.Container) int { return cmp.Compare(a.Created, b.Created) })
 	return pods, containers
 }
 

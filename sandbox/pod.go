@@ -205,8 +205,7 @@ func (s *Service) ownCgroups(dirs []string) []string {
 	out := missing(dirs)
 	for _, p := range s.book.view().pods {
 		for _, made := range p.Cgroups {
-			within := func(d string) bool { return d == made || strings.HasPrefix(d, made+"/") }
-			if slices.ContainsFunc(dirs, within) && !slices.Contains(out, made) {
+			if slices.ContainsFunc(dirs, func(d string) bool { return within(d, made) }) && !slices.Contains(out, made) {
 				out = append(out, made)
 			}
 		}
@@ -214,6 +213,9 @@ func (s *Service) ownCgroups(dirs []string) []string {
 	slices.SortFunc(out, func(a, b string) int { return cmp.Or(cmp.Compare(len(a), len(b)), strings.Compare(a, b)) })
 	return out
 }
+
+// within tells whether a path is that of dir, or below it.
+func within(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
 
 // missing returns the directories that do not exist, and those of their parents,
 // parents first. The OCI runtime will make them, and nobody else remove them.
