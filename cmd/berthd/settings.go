@@ -99,18 +99,20 @@ func (d *daemon) edge(network *cni.Network, plugins sandbox.Plugins) cri.Config 
 func (d *daemon) show() any {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	c, out := d.config, map[string]any{}
-	for _, f := range c.fields() {
-		out[f.key] = f.get()
-	}
+	c := d.config
+	out := values(c.fields())
 	runtimes := map[string]any{}
 	for h, r := range c.Runtimes {
-		table := map[string]any{}
-		for _, f := range r.fields(h) {
-			table[f.key] = f.get()
-		}
-		runtimes[h] = table
+		runtimes[h] = values(r.fields(h))
 	}
 	out["runtimes"] = runtimes
+	return out
+}
+
+func values(fields []*field) map[string]any {
+	out := map[string]any{}
+	for _, f := range fields {
+		out[f.key] = f.get()
+	}
 	return out
 }
