@@ -262,19 +262,15 @@ func (p *Pins) List() ([]string, error) {
 // returns its error as it is. Goroutines that fn starts run outside; sockets
 // and files that it opens stay in the namespace. ErrNotPinned if there is none.
 func (p *Pins) Do(id string, k Kind, fn func() error) error {
-	if _, ok := cloneFlags[k]; !ok {
+	flag, ok := cloneFlags[k]
+	if !ok {
 		return fmt.Errorf("pins %s: %w: %q", id, ErrKind, k)
 	}
 	if !p.Pinned(id, k) {
 		return fmt.Errorf("pins %s: %s: %w", id, k, ErrNotPinned)
 	}
-	f, err := os.Open(p.Path(id, k))
-	if err != nil {
-		return fmt.Errorf("pins %s: %w", id, err)
-	}
-	defer f.Close()
 	return onThread(func() error {
-		if err := unix.Setns(int(f.Fd()), cloneFlags[k]); err != nil {
+		if err := p.enter(id, k, flag); err != nil {
 			return fmt.Errorf("pins %s: enter %s namespace: %w", id, k, err)
 		}
 		return fn()
