@@ -58,7 +58,7 @@ func (s *statsCache) entry(id string) *statsEntry {
 }
 
 // drop forgets an object that is gone. A call that has seen it just before may
-// make a new entry; see gone.
+// make a new entry; see forgetGone.
 func (s *statsCache) drop(id string) {
 	s.rest(id)
 	s.mu.Lock()

@@ -148,7 +148,7 @@ func (s *Service) specUserNS(p *pod) *spec.UserNS {
 	return &spec.UserNS{Path: s.deps.Pins.Path(p.ID, netns.User), UIDs: ociIDs(p.userNS.uids), GIDs: ociIDs(p.userNS.gids)}
 }
 
-// spec describes the namespace to package netns.
+// userSpec describes the namespace to package netns.
 func (s *Service) userSpec(u *userNS) netns.UserSpec {
 	// Only root can get at the configured binary in some places; this copy is
 	// where everybody's path leads.
