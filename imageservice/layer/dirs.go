@@ -264,15 +264,27 @@ func removeTree(dir int, name string) error {
 	}
 	defer unix.Close(fd)
 	buf := make([]byte, 16<<10)
-	for {
+	for removed := false; ; {
 		n, err := unix.Getdents(fd, buf)
+		if err == unix.EINTR {
+			continue
+		}
 		if err != nil {
 			return err
 		}
-		_, _, names := unix.ParseDirent(buf[:n], -1, nil)
-		if len(names) == 0 { // at most "." and "..", which ParseDirent leaves out
+		if n == 0 && !removed {
 			break
 		}
+		if n == 0 { // entries were removed under the cursor: look again until none is left
+			if _, err := unix.Seek(fd, 0, 0); err != nil {
+				return err
+			}
+			removed = false
+			continue
+		}
+		// A call that a signal interrupts gives what it has, which may be "." alone: only
+		// one that gives nothing is at the end.
+		_, _, names := unix.ParseDirent(buf[:n], -1, nil)
 		for _, child := range names {
 			err := unix.Unlinkat(fd, child, 0)
 			if err == unix.EISDIR {
@@ -281,10 +293,7 @@ func removeTree(dir int, name string) error {
 			if err != nil {
 				return err
 			}
-		}
-		// Entries were removed under the cursor: begin again until none is left.
-		if _, err := unix.Seek(fd, 0, 0); err != nil {
-			return err
+			removed = true
 		}
 	}
 	return unix.Unlinkat(dir, name, unix.AT_REMOVEDIR)
