@@ -13,19 +13,12 @@ import (
 // Replace implements snapshotter.Replacer. The change is one transaction: a crash leaves
 // the one tree or the other, and the one that is not named to Cleanup.
 func (s *Snapshotter) Replace(ctx context.Context, name, key string, opts ...snapshotter.Opt) error {
-	var info snapshotter.Info
-	if err := apply(name, &info, opts); err != nil {
+	info, err := s.told(ctx, name, key, opts)
+	if err != nil {
 		return err
 	}
-	if info.Usage == nil {
-		u, err := s.Usage(ctx, key)
-		if err != nil {
-			return err
-		}
-		info.Usage = &u
-	}
 	var unused string // directory that nobody shows any more
-	err := s.book.Update(func(tx *store.Tx) (err error) {
+	err = s.book.Update(func(tx *store.Tx) (err error) {
 		unused, err = replace(tx, name, key, *info.Usage)
 		return err
 	})

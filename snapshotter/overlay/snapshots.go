@@ -220,16 +220,9 @@ func (s *Snapshotter) makeDir(kind snapshotter.Kind, parent string) (string, err
 // Commit implements snapshotter.Snapshotter. The tree stays where it is. The
 // labels are those given here. Usage is walked unless WithUsage tells it.
 func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshotter.Opt) error {
-	var info snapshotter.Info
-	if err := apply(name, &info, opts); err != nil {
+	info, err := s.told(ctx, name, key, opts)
+	if err != nil {
 		return err
-	}
-	if info.Usage == nil {
-		u, err := s.Usage(ctx, key)
-		if err != nil {
-			return err
-		}
-		info.Usage = &u
 	}
 	return s.record(ctx, "commit", func(tx *store.Tx) error {
 		r, err := get(tx, key)
@@ -373,6 +366,23 @@ func (s *Snapshotter) Walk(ctx context.Context, fn func(context.Context, snapsho
 		}
 	}
 	return nil
+}
+
+// told is what the opts say about name, which is made of key: with the usage of that, which
+// is walked unless WithUsage tells it.
+func (s *Snapshotter) told(ctx context.Context, name, key string, opts []snapshotter.Opt) (snapshotter.Info, error) {
+	var info snapshotter.Info
+	if err := apply(name, &info, opts); err != nil {
+		return info, err
+	}
+	if info.Usage == nil {
+		u, err := s.Usage(ctx, key)
+		if err != nil {
+			return info, err
+		}
+		info.Usage = &u
+	}
+	return info, nil
 }
 
 // apply checks the key under which something is to be made, and runs the opts.
