@@ -21,13 +21,8 @@ import (
 
 // Stat implements snapshotter.Snapshotter.
 func (s *Snapshotter) Stat(ctx context.Context, key string) (snapshotter.Info, error) {
-	var info snapshotter.Info
-	err := s.book.View(func(tx *store.Tx) error {
-		r, err := get(tx, key)
-		info = r.info(key)
-		return err
-	})
-	return info, err
+	r, err := s.find(key)
+	return r.info(key), err
 }
 
 // Update implements snapshotter.Snapshotter.
@@ -75,11 +70,7 @@ func (r *row) setLabels(labels map[string]string, fieldpaths []string) error {
 
 // Usage implements snapshotter.Snapshotter.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshotter.Usage, error) {
-	var r row
-	err := s.book.View(func(tx *store.Tx) (err error) {
-		r, err = get(tx, key)
-		return err
-	})
+	r, err := s.find(key)
 	if err != nil {
 		return snapshotter.Usage{}, err
 	}
@@ -98,11 +89,7 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshotter.Usage,
 
 // Locate implements snapshotter.Locator.
 func (s *Snapshotter) Locate(_ context.Context, name string) (string, error) {
-	var r row
-	err := s.book.View(func(tx *store.Tx) (err error) {
-		r, err = get(tx, name)
-		return err
-	})
+	r, err := s.find(name)
 	if err == nil && r.Kind != snapshotter.KindCommitted {
 		err = fmt.Errorf("snapshot %q: directory of %s: %w", name, r.Kind, snapshotter.ErrKind)
 	}
@@ -408,6 +395,15 @@ func get(tx *store.Tx, key string) (row, error) {
 	if errors.Is(err, store.ErrNotFound) {
 		return r, fmt.Errorf("snapshot %q: %w", key, snapshotter.ErrNotFound)
 	}
+	return r, err
+}
+
+// find is get in a transaction of its own.
+func (s *Snapshotter) find(key string) (r row, err error) {
+	err = s.book.View(func(tx *store.Tx) (err error) {
+		r, err = get(tx, key)
+		return err
+	})
 	return r, err
 }
 
