@@ -87,14 +87,9 @@ func CanIDMap(path string, userns *os.File) error {
 
 // idMappedClone is a detached copy of the mount at path.
 func idMappedClone(path string, userns *os.File) (int, error) {
-	fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	fd, err := cloneWith(path, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Propagation: unix.MS_PRIVATE, Userns_fd: uint64(userns.Fd())})
 	if err != nil {
-		return -1, fmt.Errorf("%w: open_tree %s: %w", ErrIDMap, path, err)
-	}
-	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Propagation: unix.MS_PRIVATE, Userns_fd: uint64(userns.Fd())}
-	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
-		unix.Close(fd)
-		return -1, fmt.Errorf("%w: mount_setattr %s: %w", ErrIDMap, path, err)
+		return -1, fmt.Errorf("%w: %w", ErrIDMap, err)
 	}
 	return fd, nil
 }

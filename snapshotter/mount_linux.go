@@ -173,17 +173,24 @@ func configure(fs int, fsType, option string) error {
 
 // clone is a detached read-only bind mount.
 func clone(dir string) (*os.File, error) {
-	fd, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	fd, err := cloneWith(dir, unix.MountAttr{Attr_set: detachedAttrs})
 	if err != nil {
-		return nil, fmt.Errorf("open_tree %s: %w", dir, err)
+		return nil, err
 	}
-	f := os.NewFile(uintptr(fd), dir)
-	attr := unix.MountAttr{Attr_set: detachedAttrs}
+	return os.NewFile(uintptr(fd), dir), nil
+}
+
+// cloneWith is a detached copy of the mount at path, with attributes changed.
+func cloneWith(path string, attr unix.MountAttr) (int, error) {
+	fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("open_tree %s: %w", path, err)
+	}
 	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("mount_setattr %s: %w", dir, err)
+		unix.Close(fd)
+		return -1, fmt.Errorf("mount_setattr %s: %w", path, err)
 	}
-	return f, nil
+	return fd, nil
 }
 
 // detachedByNamespace mounts in a namespace that ends at once; the descriptor
