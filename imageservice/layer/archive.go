@@ -102,7 +102,7 @@ func (a *archive) skip(n int64) error {
 // next goes to the next entry, or returns io.EOF. The header is valid until the next call.
 func (a *archive) next() (*tar.Header, error) {
 	if a.slow != nil {
-		if _, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{a.slow}, a.buf); err != nil {
+		if _, err := io.CopyBuffer(onlyWriter{io.Discard}, onlyReader{a.slow}, a.buf); err != nil {
 			return nil, err
 		}
 		a.slow = nil

@@ -87,9 +87,5 @@ type Result struct {
 
 // entryError adds the name of an entry, which may be long and full of anything.
 func entryError(name string, err error) error {
-	const most = 256
-	if len(name) > most {
-		name = name[:most] + "…"
-	}
-	return fmt.Errorf("layer entry %q: %w", name, err)
+	return fmt.Errorf("layer entry %q: %w", clip(name), err)
 }

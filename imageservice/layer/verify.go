@@ -348,7 +348,7 @@ func (v *verifier) extrasIn(dir string) (known []string, err error) {
 	for {
 		entries, err := f.ReadDir(1024)
 		for _, e := range entries {
-			p := path.Join(dir, e.Name())
+			p := join(dir, e.Name())
 			if _, ok := slices.BinarySearch(v.seen, xxhash.Sum64String(p)); !ok {
 				v.deviates(p, "extra", "", "")
 			} else if e.IsDir() {

@@ -92,12 +92,11 @@ func (a *archiver) entry(at int, prefix, name string, depth int) error {
 	case unix.S_IFREG:
 		return a.file(at, full, name, &st)
 	case unix.S_IFLNK:
-		target := make([]byte, unix.PathMax)
-		n, err := unix.Readlinkat(at, name, target)
+		target, err := readlinkat(at, name)
 		if err != nil {
 			return entryError(full, err)
 		}
-		return a.linked(full, &st, func() error { return a.header(-1, full, tar.TypeSymlink, &st, string(target[:n])) })
+		return a.linked(full, &st, func() error { return a.header(-1, full, tar.TypeSymlink, &st, target) })
 	case unix.S_IFCHR:
 		if isWhiteout(&st) {
 			return a.mark(prefix + whiteoutPrefix + name)
