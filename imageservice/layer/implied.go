@@ -56,31 +56,10 @@ func adoptDir(below, root int, name string) error {
 }
 
 func copyXattrs(from, to int) error {
-	names := make([]byte, 64<<10) // the kernel's own limit of a list
-	n, err := unix.Flistxattr(from, names)
-	if err == unix.ENOTSUP || n == 0 {
-		return nil
-	}
+	xattrs, err := keptXattrs(from)
 	if err != nil {
 		return err
 	}
-	value := make([]byte, 64<<10)
-	for start, i := 0, 0; i < n; i++ {
-		if names[i] != 0 {
-			continue
-		}
-		name := string(names[start:i])
-		start = i + 1
-		if !keepXattr(name) {
-			continue
-		}
-		m, err := unix.Fgetxattr(from, name, value)
-		if err != nil {
-			return err
-		}
-		if err := xattrError(name, unix.Fsetxattr(to, name, value[:m], 0)); err != nil {
-			return err
-		}
-	}
-	return nil
+	_, err = setXattrs(to, xattrs)
+	return err
 }

@@ -2,6 +2,7 @@ package layer
 
 import (
 	"archive/tar"
+	"errors"
 	"fmt"
 	"math"
 	"strings"
@@ -211,6 +212,38 @@ func (a *applier) xattrs(h *tar.Header) map[string]string {
 		out[name] = value
 	}
 	return out
+}
+
+// keptXattrs reads the attributes of an open file that are kept; nil for none.
+func keptXattrs(fd int) (map[string]string, error) {
+	size, err := unix.Flistxattr(fd, nil)
+	if err != nil || size == 0 {
+		if errors.Is(err, unix.EOPNOTSUPP) {
+			err = nil
+		}
+		return nil, err
+	}
+	list := make([]byte, size)
+	n, err := unix.Flistxattr(fd, list)
+	if err != nil {
+		return nil, err
+	}
+	var out map[string]string
+	for name := range strings.SplitSeq(string(list[:n]), "\x00") {
+		if !keepXattr(name) {
+			continue
+		}
+		value := make([]byte, 64<<10) // the kernel's bound
+		n, err := unix.Fgetxattr(fd, name, value)
+		if err != nil {
+			return nil, fmt.Errorf("attribute %s: %w", name, err)
+		}
+		if out == nil {
+			out = map[string]string{}
+		}
+		out[name] = string(value[:n])
+	}
+	return out, nil
 }
 
 // keepXattr: trusted.* and user.overlay.* would let an archive steer overlay

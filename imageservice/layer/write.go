@@ -3,12 +3,10 @@ package layer
 import (
 	"archive/tar"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -178,9 +176,15 @@ func (a *archiver) header(fd int, name string, kind byte, st *unix.Stat_t, targe
 		h.Devmajor, h.Devminor = int64(unix.Major(st.Rdev)), int64(unix.Minor(st.Rdev))
 	}
 	if fd >= 0 {
-		var err error
-		if h.PAXRecords, err = attributes(fd); err != nil {
+		xattrs, err := keptXattrs(fd)
+		if err != nil {
 			return entryError(name, err)
+		}
+		for key, value := range xattrs {
+			if h.PAXRecords == nil {
+				h.PAXRecords = map[string]string{}
+			}
+			h.PAXRecords[xattrRecord+key] = value
 		}
 	}
 	return named(name, a.tw.WriteHeader(h))
@@ -195,35 +199,3 @@ func named(name string, err error) error {
 }
 
 func modTime(st *unix.Stat_t) time.Time { return time.Unix(st.Mtim.Unix()) }
-
-// attributes are those that Apply keeps, as records of a header.
-func attributes(fd int) (map[string]string, error) {
-	size, err := unix.Flistxattr(fd, nil)
-	if err != nil || size == 0 {
-		if errors.Is(err, unix.EOPNOTSUPP) {
-			err = nil
-		}
-		return nil, err
-	}
-	list := make([]byte, size)
-	n, err := unix.Flistxattr(fd, list)
-	if err != nil {
-		return nil, err
-	}
-	var out map[string]string
-	for name := range strings.SplitSeq(string(list[:n]), "\x00") {
-		if !keepXattr(name) {
-			continue
-		}
-		value := make([]byte, 64<<10) // the kernel's bound
-		n, err := unix.Fgetxattr(fd, name, value)
-		if err != nil {
-			return nil, fmt.Errorf("attribute %s: %w", name, err)
-		}
-		if out == nil {
-			out = map[string]string{}
-		}
-		out[xattrRecord+name] = string(value[:n])
-	}
-	return out, nil
-}
