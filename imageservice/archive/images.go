@@ -1,7 +1,6 @@
 package archive
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -262,15 +261,14 @@ func (a *Archive) dockerLayer(name string, diff digest.Digest) (descriptor, erro
 	}
 	defer r.Close()
 	d.Size = size
-	head := make([]byte, 6)
-	n, err := io.ReadFull(r, head)
-	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+	kind, all, err := peek(r)
+	if err != nil {
 		return d, err
 	}
-	if compression(head[:n]) != "" {
+	if kind != "" {
 		d.MediaType += ".gzip" // unpackers go by the first bytes
 		h := digest.SHA256.Digester()
-		if _, err := io.Copy(h.Hash(), io.MultiReader(bytes.NewReader(head[:n]), r)); err != nil {
+		if _, err := io.Copy(h.Hash(), all); err != nil {
 			return d, err
 		}
 		d.Digest = h.Digest()

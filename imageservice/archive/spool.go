@@ -31,15 +31,23 @@ func compression(head []byte) string {
 	return ""
 }
 
-// decompress is r without its compression.
-func decompress(r io.Reader) (io.Reader, func(), error) {
+// peek tells how r is compressed, and returns a reader of all of it.
+func peek(r io.Reader) (kind string, all io.Reader, err error) {
 	head := make([]byte, 6)
 	n, err := io.ReadFull(r, head)
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return "", nil, err
+	}
+	return compression(head[:n]), io.MultiReader(bytes.NewReader(head[:n]), r), nil
+}
+
+// decompress is r without its compression.
+func decompress(r io.Reader) (io.Reader, func(), error) {
+	kind, all, err := peek(r)
+	if err != nil {
 		return nil, nil, err
 	}
-	all := io.MultiReader(bytes.NewReader(head[:n]), r)
-	switch compression(head[:n]) {
+	switch kind {
 	case "gzip":
 		z, err := gzip.NewReader(all)
 		if err != nil {
