@@ -155,7 +155,7 @@ func (e *exporter) addOriginal(r *imageRow, config, man []byte) error {
 	}
 	for _, l := range r.Layers {
 		img.layers = append(img.layers, exportBlob{l.MediaType, digest.Digest(l.Digest), l.Size, func(w io.Writer) error {
-			b := e.s.newBlobReader(e.ctx, src, l.Digest, l.Size, nil)
+			b := newBlobReader(e.ctx, src, l.Digest, l.Size, nil)
 			defer b.Close()
 			_, err := io.Copy(w, b)
 			return err

@@ -31,7 +31,6 @@ type blobReader struct {
 	size   int64  // as the manifest states
 	end    int64  // of what is to be read; size for all of it
 	record *layerRecord
-	broken error // what an end before the blob's is
 	// untimed: somebody else measures what the wait for these bytes costs.
 	untimed bool
 	partial bool // the endpoint answered with a range
@@ -59,20 +58,19 @@ type blobReader struct {
 	notBefore time.Time // when servers wish to be asked again
 }
 
-func (s *Service) newBlobReader(ctx context.Context, src *source, blob string, size int64, record *layerRecord) *blobReader {
+func newBlobReader(ctx context.Context, src *source, blob string, size int64, record *layerRecord) *blobReader {
 	ctx, cancel := context.WithCancelCause(ctx)
 	return &blobReader{
-		ctx: ctx, cancel: cancel, src: src, blob: blob, size: size, end: size, record: record, broken: io.ErrUnexpectedEOF,
+		ctx: ctx, cancel: cancel, src: src, blob: blob, size: size, end: size, record: record,
 		etags: map[*remote]string{}, tried: map[*remote]bool{}, refused: map[*remote]bool{},
 	}
 }
 
 // fork is a reader of another part of the same blob.
-func (b *blobReader) fork(ctx context.Context, cancel context.CancelCauseFunc, from, end int64) *blobReader {
-	return &blobReader{
-		ctx: ctx, cancel: cancel, src: b.src, blob: b.blob, size: b.size, off: from, failedAt: from, end: end, record: b.record, broken: b.broken,
-		untimed: true, etags: map[*remote]string{}, tried: map[*remote]bool{}, refused: map[*remote]bool{},
-	}
+func (b *blobReader) fork(from, end int64) *blobReader {
+	f := newBlobReader(b.ctx, b.src, b.blob, b.size, b.record)
+	f.off, f.failedAt, f.end, f.untimed = from, from, end, true
+	return f
 }
 
 // Close ends a Read that waits, and all that follow. It may be called at any time.
@@ -196,7 +194,7 @@ func (b *blobReader) receive(p []byte) (n int, err error) {
 		return n, err
 	})
 	if err == io.EOF {
-		err = b.broken
+		err = io.ErrUnexpectedEOF
 		if b.off+int64(n) >= b.end {
 			err = nil
 		}

@@ -361,7 +361,7 @@ func TestSlowDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer src.Close()
-	r := n.newBlobReader(context.Background(), src, img.Layers[0].Digest, int64(img.Layers[0].Size), nil)
+	r := newBlobReader(context.Background(), src, img.Layers[0].Digest, int64(img.Layers[0].Size), nil)
 	defer r.Close()
 	h := digest.SHA256.Hash()
 	buf := make([]byte, 700_000)

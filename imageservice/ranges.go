@@ -18,7 +18,7 @@ const (
 // newLayerReader reads a layer over one connection at a time, or over several if the
 // configuration wants that for one of its size.
 func (s *Service) newLayerReader(ctx context.Context, src *source, l layerRow, record *layerRecord) layerBytes {
-	one := s.newBlobReader(ctx, src, l.Digest, l.Size, record)
+	one := newBlobReader(ctx, src, l.Digest, l.Size, record)
 	if s.cfg.ParallelRanges < 2 || l.Size < minRanges*s.rangeBytes {
 		return one
 	}
@@ -143,9 +143,8 @@ func (r *rangesReader) fill() {
 
 func (r *rangesReader) fetch(buf []byte, from int64) span {
 	f := r.first
-	ctx, cancel := context.WithCancelCause(f.ctx)
-	defer cancel(nil)
-	b := f.fork(ctx, cancel, from, min(from+r.step, f.size))
+	b := f.fork(from, min(from+r.step, f.size))
+	defer b.cancel(nil)
 	n, err := io.ReadFull(b, buf[:b.end-from])
 	b.disconnect()
 	r.mu.Lock()
