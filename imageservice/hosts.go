@@ -3,7 +3,6 @@ package imageservice
 import (
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"os"
@@ -79,20 +78,12 @@ func findHosts(root, host string) (*hostsFile, error) {
 
 func readHosts(dir string) (*hostsFile, error) {
 	name := filepath.Join(dir, "hosts.toml")
-	file, err := os.Open(name)
+	b, err := readBounded(name, maxHostsFile)
 	if errors.Is(err, os.ErrNotExist) {
 		return certsOnly(dir)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("registry hosts: %w", err)
-	}
-	defer file.Close()
-	b, err := io.ReadAll(io.LimitReader(file, maxHostsFile+1))
-	if err != nil {
-		return nil, fmt.Errorf("registry hosts: %w", err)
-	}
-	if len(b) > maxHostsFile {
-		return nil, fmt.Errorf("registry hosts %s: more than %d bytes", name, maxHostsFile)
 	}
 	f, err := parseHosts(b, dir)
 	if err != nil {
