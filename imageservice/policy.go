@@ -40,7 +40,7 @@ func (s *Service) checkPolicy(ctx context.Context, src *source, auth *Auth, blob
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalidReference, err)
 	}
-	ctx, stop := s.patience(ctx)
+	ctx, stop := patience(ctx, s.cfg.StallTimeout)
 	defer stop()
 	err = s.allowed(ctx, unsigned{ref, blob, mime})
 	if errors.Is(err, errWantsSignatures) {

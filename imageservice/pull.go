@@ -221,10 +221,7 @@ func (s *Service) tryAll(ctx context.Context, p *pull, names []candidate, auth *
 		if err == nil {
 			return img, nil
 		}
-		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
-			err = fmt.Errorf("%w (%w)", cause, err)
-		}
-		errs = append(errs, fmt.Errorf("image %q: registry %s: %w", named.String(), reference.Domain(named), classify(err)))
+		errs = append(errs, fmt.Errorf("image %q: registry %s: %w", named.String(), reference.Domain(named), classify(because(ctx, err))))
 		if ctx.Err() != nil {
 			break
 		}

@@ -88,9 +88,8 @@ func (s *Service) resolve(ctx context.Context, p *pull, named reference.Named, a
 }
 
 // patience bounds a step that is one request or a few.
-func (s *Service) patience(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(ctx, s.cfg.StallTimeout,
-		fmt.Errorf("no answer within %s: %w: %w", s.cfg.StallTimeout, ErrRegistryUnavailable, ErrStalled))
+func patience(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, d, fmt.Errorf("no answer within %s: %w: %w", d, ErrRegistryUnavailable, ErrStalled))
 }
 
 // because prefers the reason for which a context ended to "context canceled".

@@ -134,8 +134,7 @@ func (src *source) ask(ctx context.Context, remotes []*remote, what func(context
 
 // attempt bounds one question to one remote, so that one that hangs leaves time for others.
 func (src *source) attempt(ctx context.Context, r *remote, what func(context.Context, *remote) error) error {
-	patience := src.cfg.StallTimeout / 2
-	ctx, stop := context.WithTimeoutCause(ctx, patience, fmt.Errorf("no answer within %s: %w: %w", patience, ErrRegistryUnavailable, ErrStalled))
+	ctx, stop := patience(ctx, src.cfg.StallTimeout/2)
 	defer stop()
 	return fromNetwork(ctx, because(ctx, what(ctx, r)))
 }
