@@ -179,13 +179,9 @@ func (s *Service) certsDir(host string) string {
 	return ""
 }
 
-// endpointsOf is the whole plan of where to ask for a reference: configuration,
-// certificates and credentials, read now.
-func (s *Service) endpointsOf(ctx context.Context, named reference.Named, auth *Auth) ([]endpoint, error) {
-	src, err := s.sourcesOf(named)
-	if err != nil {
-		return nil, err
-	}
+// endpointsOf is the whole plan of where to ask for a reference: what sourcesOf has read,
+// with certificates and credentials, read now.
+func (s *Service) endpointsOf(ctx context.Context, src sources, auth *Auth) ([]endpoint, error) {
 	if src.registry != nil && src.registry.Blocked {
 		return nil, fmt.Errorf("%s is blocked in %s: %w", src.registry.Prefix, src.registries, ErrPolicyRejected)
 	}
@@ -199,7 +195,7 @@ func (s *Service) endpointsOf(ctx context.Context, named reference.Named, auth *
 		if err := s.setTLS(e); err != nil {
 			return nil, fmt.Errorf("registry %s: %w", e.Host, err)
 		}
-		if err := s.setCredentials(ctx, e, reference.Domain(named), auth); err != nil {
+		if err := s.setCredentials(ctx, e, reference.Domain(src.named), auth); err != nil {
 			return nil, fmt.Errorf("registry %s: %w", e.Host, err)
 		}
 	}

@@ -106,18 +106,20 @@ func (s *Service) Explain(ctx context.Context, ref string, probe bool) (Plan, er
 func (s *Service) explain(ctx context.Context, n candidate) Candidate {
 	c := Candidate{Image: n.named.String(), Reason: n.reason}
 	src, err := s.sourcesOf(n.named)
-	if err == nil {
-		switch {
-		case src.registry != nil:
-			c.Source = src.registries
-			if src.hosts != nil {
-				c.Ignored = src.hosts.path
-			}
-		case src.hosts != nil:
-			c.Source = src.hosts.path
-		}
+	if err != nil {
+		c.Error = err.Error()
+		return c
 	}
-	endpoints, err := s.endpointsOf(ctx, n.named, nil)
+	switch {
+	case src.registry != nil:
+		c.Source = src.registries
+		if src.hosts != nil {
+			c.Ignored = src.hosts.path
+		}
+	case src.hosts != nil:
+		c.Source = src.hosts.path
+	}
+	endpoints, err := s.endpointsOf(ctx, src, nil)
 	if err != nil {
 		c.Error = err.Error()
 		return c

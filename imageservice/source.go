@@ -47,7 +47,11 @@ type liar struct {
 
 // openSource asks no registry yet, at most credential helpers. The source is the caller's to close.
 func (s *Service) openSource(ctx context.Context, named reference.Named, auth *Auth, notice func(string)) (*source, error) {
-	endpoints, err := s.endpointsOf(ctx, named, auth)
+	conf, err := s.sourcesOf(named)
+	if err != nil {
+		return nil, err
+	}
+	endpoints, err := s.endpointsOf(ctx, conf, auth)
 	if err != nil {
 		return nil, err
 	}
