@@ -154,9 +154,6 @@ func worthRetrying(err error) bool {
 	if !errors.Is(err, ErrRegistryUnavailable) || errors.Is(err, registry.ErrProtocol) || errors.Is(err, registry.ErrRedirect) {
 		return false
 	}
-	if status := httpStatus(err); status != 0 {
-		return status >= 500
-	}
 	var cert *tls.CertificateVerificationError
 	var dns *net.DNSError
 	return !errors.As(err, &cert) && (!errors.As(err, &dns) || !dns.IsNotFound)
