@@ -149,16 +149,20 @@ func (v *view) byID(text string, n int) (string, bool) {
 	return v.list[i].ID, true
 }
 
-// commit changes rows in one transaction and then replaces the view. change gets the
-// current row of an ID, nil for none, and the ID; nil as the result removes the row. It
-// may be called more than once and must return a new row rather than change the old one.
-// blobs are written along.
-func (s *Service) commit(ids []string, change func(id string, old *imageRow) *imageRow, blobs map[string][]byte) error {
+// commit changes rows, if there are any to change, in one transaction and then replaces
+// the view. change gets the current row of an ID, nil for none, and the ID; nil as the
+// result removes the row. It may be called more than once and must return a new row
+// rather than change the old one.
+func (s *Service) commit(ids []string, change func(id string, old *imageRow) *imageRow) error {
+	if len(ids) == 0 {
+		return nil
+	}
 	s.commitMu.Lock()
 	defer s.commitMu.Unlock()
-	return s.commitLocked(ids, change, blobs)
+	return s.commitLocked(ids, change, nil)
 }
 
+// commitLocked also writes blobs along.
 func (s *Service) commitLocked(ids []string, change func(id string, old *imageRow) *imageRow, blobs map[string][]byte) error {
 	rows := make(map[string]*imageRow, len(s.view.Load().rows)+1)
 	for id, r := range s.view.Load().rows {

@@ -299,10 +299,7 @@ func (s *Service) dropIncomplete(ctx context.Context, f found) error {
 			}
 		}
 	}
-	if len(broken) == 0 {
-		return nil
-	}
-	return s.commit(broken, func(string, *imageRow) *imageRow { return nil }, nil)
+	return s.commit(broken, func(string, *imageRow) *imageRow { return nil })
 }
 
 // chains says which layers must stay because a pull counts on them, and which are being

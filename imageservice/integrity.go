@@ -191,7 +191,7 @@ func (s *Service) checkAll(ctx context.Context) error {
 		r := *old
 		r.Damaged = true
 		return &r
-	}, nil)
+	})
 }
 
 // checkLayer returns what is plainly wrong with a layer.
@@ -227,9 +227,6 @@ func (s *Service) unhide(ctx context.Context) error {
 			ids = append(ids, id)
 		}
 	}
-	if len(ids) == 0 {
-		return nil
-	}
 	return s.commit(ids, func(_ string, old *imageRow) *imageRow {
 		if old == nil {
 			return nil // removed meanwhile
@@ -237,7 +234,7 @@ func (s *Service) unhide(ctx context.Context) error {
 		r := *old
 		r.Damaged = false
 		return &r
-	}, nil)
+	})
 }
 
 // findHidden finds an image that a check after a crash has hidden, by its ID or a name.
@@ -278,8 +275,5 @@ func (s *Service) forgetHidden(ctx context.Context) error {
 			ids = append(ids, id)
 		}
 	}
-	if len(ids) == 0 {
-		return nil
-	}
-	return s.commit(ids, func(string, *imageRow) *imageRow { return nil }, nil)
+	return s.commit(ids, func(string, *imageRow) *imageRow { return nil })
 }
