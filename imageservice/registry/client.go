@@ -89,7 +89,6 @@ func (c *Client) Challenge() string {
 type Manifest struct {
 	Body      []byte
 	MediaType string // as the server states it; may be anything
-	Digest    string // Docker-Content-Digest, not verified; may be ""
 }
 
 var manifestTypes = []string{
@@ -117,7 +116,7 @@ func (c *Client) Manifest(ctx context.Context, ref string) (Manifest, error) {
 		return Manifest{}, fmt.Errorf("manifest of more than %d bytes: %w", MaxManifest, ErrTooLarge)
 	}
 	mediaType, _, _ := strings.Cut(res.Header.Get("Content-Type"), ";")
-	return Manifest{Body: b, MediaType: strings.TrimSpace(mediaType), Digest: clip(res.Header.Get("Docker-Content-Digest"))}, nil
+	return Manifest{Body: b, MediaType: strings.TrimSpace(mediaType)}, nil
 }
 
 // unlessNoRegistry asks, when something is not found in words that are not the protocol's,
@@ -133,10 +132,8 @@ func (c *Client) unlessNoRegistry(ctx context.Context, err error) error {
 	return err
 }
 
-// Ping asks the root of the API. A nil error means that a registry is there; it may want
+// ping asks the root of the API. A nil error means that a registry is there; it may want
 // credentials that it has not got.
-func (c *Client) Ping(ctx context.Context) error { return c.ping(ctx) }
-
 func (c *Client) ping(ctx context.Context) error {
 	res, err := c.send(ctx, http.MethodGet, c.endpoint.Path+"/", nil, "")
 	if err != nil {
