@@ -58,6 +58,14 @@ func (r *imageRow) chainID() string {
 	return r.Layers[len(r.Layers)-1].ChainID
 }
 
+func chainIDs(layers []layerRow) []string {
+	ids := make([]string, len(layers))
+	for i, l := range layers {
+		ids[i] = l.ChainID
+	}
+	return ids
+}
+
 // view is the immutable state that reads use.
 type view struct {
 	rows   map[string]*imageRow // by ID, dropped ones included

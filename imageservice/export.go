@@ -16,6 +16,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"k8s.io/klog/v2"
 
+	"github.com/berthd/berth/imageservice/archive"
 	"github.com/berthd/berth/imageservice/layer"
 	"github.com/berthd/berth/snapshotter"
 	"github.com/berthd/berth/store"
@@ -98,11 +99,7 @@ func (e *exporter) add(ref string, original bool) error {
 		return err
 	}
 	r := v.rows[id]
-	chains := make([]string, len(r.Layers))
-	for i, l := range r.Layers {
-		chains[i] = l.ChainID
-	}
-	release, err := s.chains.hold(e.ctx, chains)
+	release, err := s.chains.hold(e.ctx, chainIDs(r.Layers))
 	if err != nil {
 		return err
 	}
@@ -269,15 +266,13 @@ func (e *exporter) write(w io.Writer) error {
 				continue
 			}
 			e.written[b.Digest.String()] = true
-			if err := writeMember(tw, blobName(b.Digest), b); err != nil {
+			if err := writeMember(tw, archive.BlobName(b.Digest), b); err != nil {
 				return fmt.Errorf("blob %s: %w", b.Digest, err)
 			}
 		}
 	}
 	return tw.Close()
 }
-
-func blobName(d digest.Digest) string { return "blobs/" + d.Algorithm().String() + "/" + d.Encoded() }
 
 func writeMember(tw *tar.Writer, name string, b exportBlob) error {
 	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: b.Size, ModTime: time.Unix(0, 0)}); err != nil {
@@ -328,10 +323,10 @@ func (e *exporter) dockerList() ([]byte, error) {
 	}
 	var list []entry
 	for _, img := range e.images {
-		d := entry{Config: blobName(img.config.Digest), Layers: []string{}}
+		d := entry{Config: archive.BlobName(img.config.Digest), Layers: []string{}}
 		d.RepoTags = slices.DeleteFunc(slices.Clone(img.names), func(n string) bool { return strings.Contains(n, "@") })
 		for _, l := range img.layers {
-			d.Layers = append(d.Layers, blobName(l.Digest))
+			d.Layers = append(d.Layers, archive.BlobName(l.Digest))
 		}
 		list = append(list, d)
 	}

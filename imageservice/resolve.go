@@ -319,13 +319,7 @@ func (pl *plan) setDiffIDs() error {
 	return nil
 }
 
-func (pl *plan) chainIDs() []string {
-	ids := make([]string, len(pl.layers))
-	for i, l := range pl.layers {
-		ids[i] = l.ChainID
-	}
-	return ids
-}
+func (pl *plan) chainIDs() []string { return chainIDs(pl.layers) }
 
 // names are those that this pull gives to the image: a tag only if one was asked for, and
 // the digest of what the registry holds under the name.

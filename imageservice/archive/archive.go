@@ -172,10 +172,13 @@ func (a *Archive) Blob(d digest.Digest) (io.ReadCloser, int64, error) {
 	}
 	name, ok := a.blobs[d]
 	if !ok {
-		name = "blobs/" + d.Algorithm().String() + "/" + d.Encoded()
+		name = BlobName(d)
 	}
 	return a.open(name)
 }
+
+// BlobName is the name of a blob's member in an OCI image layout.
+func BlobName(d digest.Digest) string { return "blobs/" + d.Algorithm().String() + "/" + d.Encoded() }
 
 // open opens a member, through links between members.
 func (a *Archive) open(name string) (io.ReadCloser, int64, error) {
@@ -236,7 +239,7 @@ func (a *Archive) document(d digest.Digest) ([]byte, error) {
 	if err := d.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %.100q: %w: %w", d, ErrFormat, err)
 	}
-	b, err := a.read("blobs/" + d.Algorithm().String() + "/" + d.Encoded())
+	b, err := a.read(BlobName(d))
 	if err != nil {
 		return nil, err
 	}
