@@ -126,13 +126,18 @@ func imagePulls(a *app, fs *flag.FlagSet) func(context.Context, []string) error 
 	}
 }
 
-// each asks something about every image that is named and shows what failed.
-func (a *app) each(refs []string, ask func(ref string) (*api.Image, error), done string) error {
+// each sends a request about every image that is named, answered by that image, and shows
+// what failed.
+func (a *app) each(ctx context.Context, refs []string, path string, request func(ref string) any, done string) error {
+	c, err := a.client()
+	if err != nil {
+		return err
+	}
 	var images []*api.Image
 	var errs []error
 	for _, ref := range refs {
-		img, err := ask(ref)
-		if err != nil {
+		img := new(api.Image)
+		if err := c.ask(ctx, http.MethodPost, path, nil, request(ref), img); err != nil {
 			fmt.Fprintf(a.err, "%s: %v\n", ref, err)
 			errs = append(errs, err)
 			continue
@@ -154,14 +159,7 @@ func (a *app) each(refs []string, ask func(ref string) (*api.Image, error), done
 func imageRemove(a *app, fs *flag.FlagSet) func(context.Context, []string) error {
 	force := fs.Bool("force", false, "also when an image is pinned")
 	return func(ctx context.Context, args []string) error {
-		c, err := a.client()
-		if err != nil {
-			return err
-		}
-		return a.each(args, func(ref string) (*api.Image, error) {
-			img := new(api.Image)
-			return img, c.ask(ctx, http.MethodPost, api.PathRemove, nil, api.RemoveRequest{Ref: ref, Force: *force}, img)
-		}, "removed")
+		return a.each(ctx, args, api.PathRemove, func(ref string) any { return api.RemoveRequest{Ref: ref, Force: *force} }, "removed")
 	}
 }
 
@@ -169,14 +167,7 @@ func imagePin(pinned bool) func(*app, *flag.FlagSet) func(context.Context, []str
 	done := map[bool]string{true: "pinned", false: "unpinned"}[pinned]
 	return func(a *app, _ *flag.FlagSet) func(context.Context, []string) error {
 		return func(ctx context.Context, args []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			return a.each(args, func(ref string) (*api.Image, error) {
-				img := new(api.Image)
-				return img, c.ask(ctx, http.MethodPost, api.PathPin, nil, api.PinRequest{Ref: ref, Pinned: pinned}, img)
-			}, done)
+			return a.each(ctx, args, api.PathPin, func(ref string) any { return api.PinRequest{Ref: ref, Pinned: pinned} }, done)
 		}
 	}
 }
