@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -188,14 +189,7 @@ func (c *client) work(ctx context.Context, path string, body io.Reader, show fun
 	if ctx.Err() != nil {
 		return errors.New("interrupted")
 	}
-	return fmt.Errorf("%w: its answer ended in the middle: %w", errUnreachable, cmpErr(lines.Err(), io.ErrUnexpectedEOF))
-}
-
-func cmpErr(err, otherwise error) error {
-	if err != nil {
-		return err
-	}
-	return otherwise
+	return fmt.Errorf("%w: its answer ended in the middle: %w", errUnreachable, cmp.Or(lines.Err(), io.ErrUnexpectedEOF))
 }
 
 // workOn is work with a JSON body.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"os/exec"
@@ -59,15 +60,11 @@ func configValidate(a *app, _ *flag.FlagSet) func(context.Context, []string) err
 			return a.berthd(ctx, check...)
 		}
 		quiet := *a
-		quiet.out = discard{}
+		quiet.out = io.Discard
 		err := quiet.berthd(ctx, check...)
 		return errors.Join(a.printJSON(map[string]any{"file": file, "valid": err == nil}), err)
 	}
 }
-
-type discard struct{}
-
-func (discard) Write(p []byte) (int, error) { return len(p), nil }
 
 func configPrint(a *app, _ *flag.FlagSet) func(context.Context, []string) error {
 	return func(ctx context.Context, _ []string) error {

@@ -37,7 +37,7 @@ func imageExport(a *app, fs *flag.FlagSet) func(context.Context, []string) error
 			query.Set("original", "1")
 		}
 		p := a.progress()
-		defer p.end()
+		defer p.clear()
 		p.show(api.Record{Ref: "export", Stage: "preparing"})
 		resp, err := c.do(ctx, http.MethodGet, api.PathExport+"?"+query.Encode(), nil)
 		if err != nil {

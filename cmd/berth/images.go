@@ -82,7 +82,7 @@ func imagePull(a *app, fs *flag.FlagSet) func(context.Context, []string) error {
 			return err
 		}
 		p := a.progress()
-		defer p.end()
+		defer p.clear()
 		return c.workOn(ctx, api.PathPull, q, p.show)
 	}
 }

@@ -21,7 +21,7 @@ func imageImport(a *app, fs *flag.FlagSet) func(context.Context, []string) error
 			return err
 		}
 		p := a.progress()
-		defer p.end()
+		defer p.clear()
 		var errs []error
 		for _, file := range args {
 			query := url.Values{}

@@ -65,10 +65,7 @@ func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer
 		return a.noVerb(rest)
 	}
 	fs := a.flags(v)
-	set := func(context.Context, []string) error { return nil }
-	if v.setup != nil {
-		set = v.setup(a, fs)
-	}
+	set := v.setup(a, fs)
 	operands, err := parse(fs, rest)
 	if err == nil && (len(operands) < v.least || v.most >= 0 && len(operands) > v.most) {
 		err = fmt.Errorf("%d arguments, want %s", len(operands), v.args)
@@ -165,9 +162,7 @@ func (a *app) noVerb(args []string) int {
 			word = strings.Join(args[1:], " ")
 			if v, _ := find(args[1:]); v != nil {
 				fs := a.flags(v)
-				if v.setup != nil {
-					v.setup(a, fs)
-				}
+				v.setup(a, fs)
 				v.help(a.out, fs)
 				return 0
 			}

@@ -95,5 +95,3 @@ func (p *progress) clear() {
 		p.drawn = false
 	}
 }
-
-func (p *progress) end() { p.clear() }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
@@ -39,7 +40,7 @@ func (a *app) printPlan(plan api.Plan) {
 	say := func(format string, args ...any) { fmt.Fprintln(a.out, printable(fmt.Sprintf(format, args...))) }
 	say("registries.conf: %s", plan.Registries)
 	say("hosts.toml below: %s", plan.Hosts)
-	say("signature policy: %s", or(plan.Policy, "none, every image is accepted"))
+	say("signature policy: %s", cmp.Or(plan.Policy, "none, every image is accepted"))
 	for i, c := range plan.Candidates {
 		say("")
 		say("%d. %s (%s)", i+1, c.Image, c.Reason)
@@ -71,13 +72,13 @@ func endpointLines(e api.Endpoint) []string {
 	if e.Pull {
 		may = append(may, "content")
 	}
-	lines := []string{fmt.Sprintf("%s, repository %s, asked for %s", kind, e.Repository, or(strings.Join(may, " and "), "nothing"))}
+	lines := []string{fmt.Sprintf("%s, repository %s, asked for %s", kind, e.Repository, cmp.Or(strings.Join(may, " and "), "nothing"))}
 	add := func(name, value string) {
 		if value != "" {
 			lines = append(lines, name+": "+value)
 		}
 	}
-	credentials := or(e.Credentials, "none")
+	credentials := cmp.Or(e.Credentials, "none")
 	if e.Username != "" {
 		credentials += " (user " + e.Username + ")"
 	}
@@ -92,16 +93,9 @@ func endpointLines(e api.Endpoint) []string {
 	add("headers", strings.Join(e.Headers, ", "))
 	add("proxy", e.Proxy)
 	if p := e.Probe; p != nil && p.OK {
-		lines = append(lines, fmt.Sprintf("answered in %s: %s %s, over %s, authorization %s", p.Took.Round(time.Millisecond), p.MediaType, p.Digest, p.Scheme, or(p.Auth, "none")))
+		lines = append(lines, fmt.Sprintf("answered in %s: %s %s, over %s, authorization %s", p.Took.Round(time.Millisecond), p.MediaType, p.Digest, p.Scheme, cmp.Or(p.Auth, "none")))
 	} else if p != nil {
 		lines = append(lines, fmt.Sprintf("failed after %s: %s", p.Took.Round(time.Millisecond), p.Error))
 	}
 	return lines
-}
-
-func or(s, otherwise string) string {
-	if s == "" {
-		return otherwise
-	}
-	return s
 }

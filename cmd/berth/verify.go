@@ -20,7 +20,7 @@ func imageVerify(a *app, fs *flag.FlagSet) func(context.Context, []string) error
 			return err
 		}
 		p := a.progress()
-		defer p.end()
+		defer p.clear()
 		var sum api.Summary
 		if err := c.workOn(ctx, api.PathVerify, q, func(rec api.Record) {
 			if rec.Summary != nil {
