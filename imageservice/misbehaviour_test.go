@@ -16,6 +16,19 @@ import (
 	"time"
 )
 
+// tokens is a registry that wants a token from a server of its own, which answers like this.
+func tokens(answer func(w http.ResponseWriter)) func(*mirror, http.ResponseWriter, *http.Request) bool {
+	return func(m *mirror, w http.ResponseWriter, q *http.Request) bool {
+		if q.URL.Path == "/token" {
+			answer(w)
+			return true
+		}
+		w.Header().Set("WWW-Authenticate", `Bearer realm="`+m.URL+`/token"`)
+		w.WriteHeader(http.StatusUnauthorized)
+		return true
+	}
+}
+
 // TestMisbehaviour is of registries that try to cost time, memory or secrets.
 func TestMisbehaviour(t *testing.T) {
 	var bomb bytes.Buffer
@@ -78,42 +91,10 @@ func TestMisbehaviour(t *testing.T) {
 			w.WriteHeader(http.StatusUnauthorized)
 			return true
 		}},
-		{"token server fails", ErrRegistryUnavailable, "token server", func(m *mirror, w http.ResponseWriter, q *http.Request) bool {
-			if q.URL.Path == "/token" {
-				w.WriteHeader(http.StatusBadGateway)
-				return true
-			}
-			w.Header().Set("WWW-Authenticate", `Bearer realm="`+m.URL+`/token"`)
-			w.WriteHeader(http.StatusUnauthorized)
-			return true
-		}},
-		{"token server of another kind", ErrRegistryUnavailable, "token server", func(m *mirror, w http.ResponseWriter, q *http.Request) bool {
-			if q.URL.Path == "/token" {
-				w.WriteHeader(http.StatusNotFound)
-				return true
-			}
-			w.Header().Set("WWW-Authenticate", `Bearer realm="`+m.URL+`/token"`)
-			w.WriteHeader(http.StatusUnauthorized)
-			return true
-		}},
-		{"token server without a token", ErrRegistryUnavailable, "token server", func(m *mirror, w http.ResponseWriter, q *http.Request) bool {
-			if q.URL.Path == "/token" {
-				fmt.Fprint(w, "<html>")
-				return true
-			}
-			w.Header().Set("WWW-Authenticate", `Bearer realm="`+m.URL+`/token"`)
-			w.WriteHeader(http.StatusUnauthorized)
-			return true
-		}},
-		{"endless token", ErrTooLarge, "token server", func(m *mirror, w http.ResponseWriter, q *http.Request) bool {
-			if q.URL.Path == "/token" {
-				_, _ = io.CopyN(w, zeros{}, 1<<30)
-				return true
-			}
-			w.Header().Set("WWW-Authenticate", `Bearer realm="`+m.URL+`/token"`)
-			w.WriteHeader(http.StatusUnauthorized)
-			return true
-		}},
+		{"token server fails", ErrRegistryUnavailable, "token server", tokens(func(w http.ResponseWriter) { w.WriteHeader(http.StatusBadGateway) })},
+		{"token server of another kind", ErrRegistryUnavailable, "token server", tokens(func(w http.ResponseWriter) { w.WriteHeader(http.StatusNotFound) })},
+		{"token server without a token", ErrRegistryUnavailable, "token server", tokens(func(w http.ResponseWriter) { fmt.Fprint(w, "<html>") })},
+		{"endless token", ErrTooLarge, "token server", tokens(func(w http.ResponseWriter) { _, _ = io.CopyN(w, zeros{}, 1<<30) })},
 		{"layer of another size", ErrDigestMismatch, "layer 1", func(_ *mirror, w http.ResponseWriter, q *http.Request) bool {
 			if isLayer(q) && q.Header.Get("Accept-Encoding") == "identity" && layerTwin.Load() != nil && strings.HasSuffix(q.URL.Path, *layerTwin.Load()) {
 				fmt.Fprint(w, "short")
