@@ -2,6 +2,8 @@ package wire
 
 import (
 	"math"
+	"strconv"
+	"strings"
 	"unsafe"
 )
 
@@ -106,7 +108,7 @@ func (m *ExecImage) Append(b []byte) ([]byte, error) {
 		w.set(WordKeyring, w.text(m.Keyring))
 	}
 	if m.OOMScoreAdj != nil {
-		w.set(WordOOM, w.text(decimal(*m.OOMScoreAdj)))
+		w.set(WordOOM, w.text(strconv.Itoa(*m.OOMScoreAdj)))
 	}
 	w.set(WordUID, uint64(m.UID))
 	w.set(WordGID, uint64(m.GID))
@@ -154,17 +156,6 @@ func (m *ExecImage) flags() (f uint64) {
 	return f
 }
 
-// decimal is for numbers of an OOM score.
-func decimal(n int) string {
-	if n < 0 {
-		return "-" + decimal(-n)
-	}
-	if n < 10 {
-		return string(rune('0' + n))
-	}
-	return decimal(n/10) + string(rune('0'+n%10))
-}
-
 type imageWriter struct {
 	b   []byte
 	bad bool
@@ -185,11 +176,7 @@ func (w *imageWriter) here() uint64 {
 
 func (w *imageWriter) text(s string) uint64 {
 	at := uint64(len(w.b))
-	for i := 0; i < len(s); i++ {
-		if s[i] == 0 {
-			w.bad = true
-		}
-	}
+	w.bad = w.bad || strings.IndexByte(s, 0) >= 0
 	w.b = append(append(w.b, s...), 0)
 	return at
 }
