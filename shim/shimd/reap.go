@@ -56,10 +56,6 @@ func (s *shim) reap() {
 		if pid <= 0 {
 			return
 		}
-		if ws.Stopped() {
-			s.stopped(pid, ws)
-			continue
-		}
 		s.reaped(pid, ws)
 	}
 }
@@ -69,10 +65,6 @@ func (s *shim) reapKnown() bool {
 	for _, c := range s.children {
 		var ws unix.WaitStatus
 		got, err := unix.Wait4(c.pid, &ws, unix.WNOHANG, nil)
-		if got == c.pid && err == nil && ws.Stopped() {
-			s.stopped(got, ws)
-			return true
-		}
 		if got == c.pid && err == nil {
 			s.reaped(got, ws)
 			return true
@@ -81,7 +73,12 @@ func (s *shim) reapKnown() bool {
 	return false
 }
 
+// reaped is called for what a wait has told. Who is traced may only have stopped.
 func (s *shim) reaped(pid int, ws unix.WaitStatus) {
+	if ws.Stopped() {
+		s.stopped(pid, ws)
+		return
+	}
 	if ended := s.unexpect(pid); ended != nil {
 		ended(ws)
 	}
