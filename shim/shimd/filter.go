@@ -22,15 +22,6 @@ type filter struct {
 	drop   bool // at its next stop, with nothing read
 }
 
-const (
-	maxFilter          = 4096   // BPF_MAXINSNS
-	ptraceGetFilter    = 0x420c // PTRACE_SECCOMP_GET_FILTER
-	ptraceGetMetadata  = 0x420d // PTRACE_SECCOMP_GET_METADATA
-	metadataFlagLog    = 2      // SECCOMP_FILTER_FLAG_LOG
-	ptraceSeize        = 0x4206
-	ptraceOptTraceExec = 0x10
-)
-
 func ptrace(request, pid int, addr, data uintptr) (int, unix.Errno) {
 	n, _, e := unix.RawSyscall6(unix.SYS_PTRACE, uintptr(request), uintptr(pid), addr, data, 0, 0)
 	return int(n), e
@@ -44,7 +35,7 @@ func (s *shim) watchFilter() {
 		return
 	}
 	runtime.LockOSThread()
-	if _, e := ptrace(ptraceSeize, s.init, 0, ptraceOptTraceExec); e != 0 {
+	if _, e := ptrace(unix.PTRACE_SEIZE, s.init, 0, unix.PTRACE_O_TRACEEXEC); e != 0 {
 		runtime.UnlockOSThread()
 		return
 	}
@@ -97,15 +88,15 @@ func (s *shim) dropFilter() {
 // read keeps the filter if there is exactly one: more would be of somebody who
 // filters the shim, too, and no process of the runtime's would differ.
 func (f *filter) read() {
-	count, e := ptrace(ptraceGetFilter, f.traced, 0, 0)
-	if e != 0 || count < 1 || count > maxFilter {
+	count, e := ptrace(unix.PTRACE_SECCOMP_GET_FILTER, f.traced, 0, 0)
+	if e != 0 || count < 1 || count > unix.BPF_MAXINSNS {
 		return
 	}
-	if _, e := ptrace(ptraceGetFilter, f.traced, 1, 0); e != unix.ENOENT {
+	if _, e := ptrace(unix.PTRACE_SECCOMP_GET_FILTER, f.traced, 1, 0); e != unix.ENOENT {
 		return
 	}
 	var meta struct{ off, flags uint64 }
-	if _, e := ptrace(ptraceGetMetadata, f.traced, unsafe.Sizeof(meta), uintptr(unsafe.Pointer(&meta))); e != 0 {
+	if _, e := ptrace(unix.PTRACE_SECCOMP_GET_METADATA, f.traced, unsafe.Sizeof(meta), uintptr(unsafe.Pointer(&meta))); e != 0 {
 		return
 	}
 	size := count * int(unsafe.Sizeof(unix.SockFilter{}))
@@ -117,7 +108,7 @@ func (f *filter) read() {
 		unix.Close(fd)
 		return
 	}
-	f.fd, f.count, f.flags = fd, count, meta.flags&metadataFlagLog
+	f.fd, f.count, f.flags = fd, count, meta.flags&unix.SECCOMP_FILTER_FLAG_LOG
 }
 
 func (f *filter) into(fd, size int) bool {
@@ -125,7 +116,7 @@ func (f *filter) into(fd, size int) bool {
 	if err != nil {
 		return false
 	}
-	_, e := ptrace(ptraceGetFilter, f.traced, 0, uintptr(unsafe.Pointer(&b[0])))
+	_, e := ptrace(unix.PTRACE_SECCOMP_GET_FILTER, f.traced, 0, uintptr(unsafe.Pointer(&b[0])))
 	unix.Munmap(b)
 	return e == 0
 }

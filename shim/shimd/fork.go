@@ -356,7 +356,8 @@ const noSetuidFixup = 1 << 2
 //go:norace
 //go:nosplit
 func copyMount(m *mountCall) unix.Errno {
-	at, none := uintptr(^uint(99)), uintptr(unsafe.Pointer(&noPath)) // AT_FDCWD is -100
+	cwd := unix.AT_FDCWD
+	at, none := uintptr(cwd), uintptr(unsafe.Pointer(&noPath))
 	fd, _, e := unix.RawSyscall(unix.SYS_OPEN_TREE, at, uintptr(unsafe.Pointer(m.source)),
 		unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
 	if e != 0 {
