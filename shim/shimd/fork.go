@@ -228,6 +228,7 @@ func fork(p *forkPlan) (uintptr, unix.Errno) {
 		unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&p.mask)), 0, 8, 0, 0)
 		return pid, errno
 	}
+	unix.RawSyscall(unix.SYS_SETPGID, 0, 0, 0)
 	if p.native != nil {
 		at, errno := join(p)
 		if at == inSecond {
@@ -251,7 +252,6 @@ func fork(p *forkPlan) (uintptr, unix.Errno) {
 //go:norace
 //go:nosplit
 func child(p *forkPlan) (at, failure int32) {
-	unix.RawSyscall(unix.SYS_SETPGID, 0, 0, 0)
 	if e := dieWith(p.parent); e != 0 {
 		return atFork, int32(e)
 	}
@@ -285,17 +285,29 @@ func child(p *forkPlan) (at, failure int32) {
 		}
 	}
 	unix.RawSyscall(unix.SYS_CHDIR, uintptr(unsafe.Pointer(&rootDir)), 0, 0)
-	for i := range p.stdio {
-		if p.stdio[i] >= 0 {
-			if _, _, e := unix.RawSyscall(unix.SYS_DUP3, uintptr(p.stdio[i]), uintptr(i), 0); e != 0 {
-				return atStdio, int32(e)
-			}
-		}
+	if e := setStdio(p); e != 0 {
+		return atStdio, int32(e)
 	}
 	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&p.mask)), 0, 8, 0, 0)
 	_, _, e := unix.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(p.argv[0])),
 		uintptr(unsafe.Pointer(&p.argv[0])), uintptr(unsafe.Pointer(&p.envv[0])))
 	return atExec, int32(e)
+}
+
+// setStdio is run by both kinds of child.
+//
+//go:noinline
+//go:norace
+//go:nosplit
+func setStdio(p *forkPlan) unix.Errno {
+	for i := range p.stdio {
+		if p.stdio[i] >= 0 {
+			if _, _, e := unix.RawSyscall(unix.SYS_DUP3, uintptr(p.stdio[i]), uintptr(i), 0); e != 0 {
+				return e
+			}
+		}
+	}
+	return 0
 }
 
 // dieWith is run by child. A runtime dies with its shim: one that hangs would stay

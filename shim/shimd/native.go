@@ -142,7 +142,6 @@ const pidFDAt = 3
 //go:nosplit
 func join(p *forkPlan) (at, failure int32) {
 	n := p.native
-	unix.RawSyscall(unix.SYS_SETPGID, 0, 0, 0)
 	if _, _, e := unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0, 0, 0, 0); e != 0 {
 		return atDumpable, int32(e)
 	}
@@ -150,13 +149,8 @@ func join(p *forkPlan) (at, failure int32) {
 	if at, failure = joinFiles(n); failure != 0 {
 		return at, failure
 	}
-	for i := range p.stdio {
-		if p.stdio[i] < 0 {
-			continue
-		}
-		if _, _, e := unix.RawSyscall(unix.SYS_DUP3, uintptr(p.stdio[i]), uintptr(i), 0); e != 0 {
-			return atStdio, int32(e)
-		}
+	if e := setStdio(p); e != 0 {
+		return atStdio, int32(e)
 	}
 	if n.init != pidFDAt {
 		if _, _, e := unix.RawSyscall(unix.SYS_DUP3, uintptr(n.init), pidFDAt, 0); e != 0 {
