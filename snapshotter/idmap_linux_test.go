@@ -3,15 +3,14 @@ package snapshotter
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
-	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/berthd/berth/test/userns"
 )
 
 func TestIDMapped(t *testing.T) {
@@ -50,30 +49,9 @@ func TestIDMapped(t *testing.T) {
 	}
 }
 
-// mustUserNS returns a user namespace with its root at id on the host.
-func mustUserNS(t *testing.T, id int) *os.File {
-	t.Helper()
-	cmd := exec.Command("sleep", "60")
-	maps := []syscall.SysProcIDMap{{ContainerID: 0, HostID: id, Size: 65536}}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER, UidMappings: maps, GidMappings: maps}
-	if err := cmd.Start(); err != nil {
-		t.Skipf("no user namespaces: %v", err)
-	}
-	defer func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	}()
-	f, err := os.Open("/proc/" + strconv.Itoa(cmd.Process.Pid) + "/ns/user")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { f.Close() })
-	return f
-}
-
 func TestIDMapSupported(t *testing.T) {
 	needRoot(t)
-	ns := mustUserNS(t, 300000)
+	ns := userns.Must(t, 300000)
 	dir := t.TempDir()
 	before := mountTable(t, dir)
 	if err := IDMapSupported(dir, ns, 300000, 300000); errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
@@ -94,7 +72,7 @@ func TestIDMapSupported(t *testing.T) {
 
 func TestCanIDMap(t *testing.T) {
 	needRoot(t)
-	ns := mustUserNS(t, 300000)
+	ns := userns.Must(t, 300000)
 	if err := CanIDMap("/proc/sys", ns); !errors.Is(err, ErrIDMap) {
 		t.Errorf("of /proc: %v", err)
 	}

@@ -6,13 +6,13 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/berthd/berth/shim/wire"
+	"github.com/berthd/berth/test/userns"
 )
 
 func TestMountOptions(t *testing.T) {
@@ -121,7 +121,7 @@ func TestIDMappedMounts(t *testing.T) {
 		{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=1", "upperdir=../snapshots/2/upper", "workdir=../snapshots/2/work"}, Dir: "layers", IDMap: dir},
 		{Type: "bind", Source: dir + "/layers/1", Options: []string{"ro", "rbind"}, Target: "vol-0", IDMap: dir + "/layers/1"},
 	}}
-	ns := mustUserNS(t, 300000)
+	ns := userns.Must(t, 300000)
 	// What is made by whoever is not in the namespace must fail, and nothing be read-only.
 	script := "cd $0; stat -c %u:%g rootfs rootfs/old vol-0/old; chmod 644 rootfs/old; touch vol-0/x 2>/dev/null || echo read-only; mkdir rootfs/mine 2>/dev/null || echo stranger; id -u; grep ^CapEff /proc/self/status; cat rootfs/old"
 	calls, err := mountPlan(&l, int(ns.Fd()))
@@ -198,25 +198,6 @@ func mustT(t *testing.T, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-// mustUserNS returns a user namespace with its root at id on the host.
-func mustUserNS(t *testing.T, id int) *os.File {
-	t.Helper()
-	cmd := osexec.Command("sleep", "60")
-	maps := []syscall.SysProcIDMap{{ContainerID: 0, HostID: id, Size: 65536}}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER, UidMappings: maps, GidMappings: maps}
-	if err := cmd.Start(); err != nil {
-		t.Skipf("no user namespaces: %v", err)
-	}
-	defer func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	}()
-	f, err := os.Open("/proc/" + strconv.Itoa(cmd.Process.Pid) + "/ns/user")
-	mustT(t, err)
-	t.Cleanup(func() { f.Close() })
-	return f
 }
 
 // runFork forks with the mounts and runs a program to its end.
