@@ -124,6 +124,14 @@ func startNode(t *testing.T, opts node.Options) *rig {
 // begin is startNode for a node that is laid out.
 func (r *rig) begin() {
 	r.Helper()
+	r.warm()
+	r.Cleanup(r.nothingLeft)
+}
+
+// warm starts a node that is laid out, pulls busybox, runs a first pod, and marks
+// what is there then.
+func (r *rig) warm() {
+	r.Helper()
 	r.must(r.Start(r.ctx))
 	_, err := r.client.Pull(r.ctx, refs[images.Busybox])
 	r.must(err)
@@ -131,7 +139,6 @@ func (r *rig) begin() {
 	r.must(r.client.Destroy(r.ctx, pod))
 	r.before, err = r.Marks()
 	r.must(err)
-	r.Cleanup(r.nothingLeft)
 }
 
 // nothingLeft removes all pods and reports what remains.

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/berthd/berth/test/failpoint"
-	"github.com/berthd/berth/test/images"
 	"github.com/berthd/berth/test/node"
 )
 
@@ -71,13 +70,7 @@ func newFaulty(t *testing.T, extra string) *faulty {
 	opts := node.Options{Bin: bin, Config: limits + extra, Env: []string{failpoint.Env + "=" + string(points)},
 		CNIBinDirs: append([]string{fakes}, pluginDirs...), Runtimes: map[string]string{"runc": filepath.Join(fakes, "runc")}}
 	f := &faulty{rig: newNode(t, opts), points: points}
-	f.must(f.Start(f.ctx))
-	_, err = f.client.Pull(f.ctx, refs[images.Busybox])
-	f.must(err)
-	pod, _ := f.pod("first")
-	f.must(f.client.Destroy(f.ctx, pod))
-	f.before, err = f.Marks()
-	f.must(err)
+	f.warm()
 	return f
 }
 

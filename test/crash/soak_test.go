@@ -17,7 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/berthd/berth/test/images"
 	"github.com/berthd/berth/test/node"
 )
 
@@ -72,9 +71,8 @@ func TestSoak(t *testing.T) {
 		t.Fatalf("%s=%q: want a duration from 5s", soakEnv, text)
 	}
 	metrics := filepath.Join(t.TempDir(), "metrics.sock")
-	opts := node.Options{Config: limits + fmt.Sprintf("metrics_listen = %q\n", "unix:"+metrics), CNI: plainNetwork}
 	s := &soak{history: newHistory(), seed: uint64(time.Now().UnixNano()), kills: map[string]int{}}
-	s.rig = newSoakNode(t, opts)
+	s.rig = newSoakNode(t, limits+fmt.Sprintf("metrics_listen = %q\n", "unix:"+metrics))
 	t.Logf("%v, seed %d", length, s.seed)
 	calm := max(length/20, 3*time.Second)
 
@@ -115,21 +113,13 @@ const plainNetwork = `{"cniVersion": "1.0.0", "name": "NAME", "plugins": [
    "ipam": {"type": "host-local", "dataDir": "ADDRESSES", "ranges": [[{"subnet": "SUBNET"}]]}}]}
 `
 
-// newSoakNode starts a node with the images that are used.
-func newSoakNode(t *testing.T, opts node.Options) *rig {
+// newSoakNode starts a node on such a network.
+func newSoakNode(t *testing.T, config string) *rig {
 	t.Helper()
-	network := opts.CNI
-	opts.CNI = node.NoCNI
-	r := newNode(t, opts)
-	text := strings.NewReplacer("NAME", r.Name, "ADDRESSES", filepath.Join(r.Dir, "addresses"), "SUBNET", r.Subnet).Replace(network)
+	r := newNode(t, node.Options{Config: config, CNI: node.NoCNI})
+	text := strings.NewReplacer("NAME", r.Name, "ADDRESSES", filepath.Join(r.Dir, "addresses"), "SUBNET", r.Subnet).Replace(plainNetwork)
 	r.must(os.WriteFile(filepath.Join(r.CNIDir, "10-soak.conflist"), []byte(text), 0o600))
-	r.must(r.Start(r.ctx))
-	_, err := r.client.Pull(r.ctx, refs[images.Busybox])
-	r.must(err)
-	pod, _ := r.pod("first")
-	r.must(r.client.Destroy(r.ctx, pod))
-	r.before, err = r.Marks()
-	r.must(err)
+	r.warm()
 	return r
 }
 
