@@ -58,7 +58,7 @@ var scenarios = []scenario{
 }
 
 // live lives the scenario once.
-func (s scenario) live(f *faulty, l *life) *life {
+func (s scenario) live(f *faulty, l *life) {
 	f.Helper()
 	l.rig, l.shared = f.rig, s.shared
 	l.onRetry = func() { f.points.Pass(clientRetries) }
@@ -70,7 +70,6 @@ func (s scenario) live(f *faulty, l *life) *life {
 	} else {
 		l.run()
 	}
-	return l
 }
 
 // cell is one point of the matrix and what happens there.
@@ -78,7 +77,6 @@ type cell struct {
 	scenario
 	pass
 	action string
-	shims  bool // there is a shim at this moment
 }
 
 func (c cell) String() string { return fmt.Sprintf("%s, %s: %s", c.scenario.name, c.pass, c.action) }
@@ -133,7 +131,7 @@ func (f *faulty) cells() (all []cell, passed map[string]bool) {
 			}
 			known[p] = true
 			for _, a := range actionsAt(p, shims) {
-				all = append(all, cell{s, p, a, shims})
+				all = append(all, cell{s, p, a})
 			}
 		}
 		if s.broken != "" && !f.points.WasHit(s.broken) {
@@ -216,7 +214,7 @@ func TestMatrix(t *testing.T) {
 		part = n
 	}
 	begun := time.Now()
-	f := newFaulty(t, "")
+	f := newFaulty(t)
 	all, passed := f.cells()
 	sourceIsPassed(t, passed)
 	t.Logf("%d points, %d cells, of which one in %d is done", len(passed), len(all), part)
@@ -291,7 +289,7 @@ func work(t *testing.T, queue <-chan cell, results *outcomes) {
 	names := 0
 	for c := range queue {
 		if f == nil {
-			f = newFaulty(t, "")
+			f = newFaulty(t)
 		}
 		names++
 		ok := t.Run(c.String(), func(t *testing.T) {
@@ -345,18 +343,14 @@ func (f *faulty) breakAt(c cell, name string, results *outcomes) {
 	}
 	f.must(f.points.Arm(c.point, order, c.nth))
 	ctx, cancel := context.WithCancel(f.ctx)
-	done := make(chan int, 1)
-	go func() {
-		if victim == "" {
-			done <- 0
-			return
-		}
-		done <- f.interfere(ctx, c.point, victim)
-	}()
+	var killer sync.WaitGroup
+	if victim != "" {
+		killer.Go(func() { f.interfere(ctx, c.point, victim) })
+	}
 	l = &life{name: name, excused: c.action == victimShim || c.verb() == "shim", slow: c.verb() == "shim" && c.action == failpoint.Hang}
 	c.live(f, l)
 	cancel()
-	<-done
+	killer.Wait()
 	// Layers are made in parallel: how often is not the same each time.
 	if parallel := c.image && (c.broken != "" || c.nth > 1); !parallel && !f.points.WasHit(c.point) {
 		f.Errorf("the point was not passed %d times", c.nth)
