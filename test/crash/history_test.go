@@ -80,20 +80,14 @@ func (h *history) note(id string, fn func(o *object)) {
 
 // stop notes that the end of an object was asked for, and that of what is in it.
 func (h *history) stop(id string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for k, o := range h.objects {
-		if k == id || o.pod == id {
-			o.stopping = true
-		}
-	}
+	h.each(id, func(o *object) { o.stopping = true })
 }
 
 // doom notes that the removal of an object was asked for, and bury that it was
 // answered; with a pod goes what is in it.
 func (h *history) doom(id string) {
-	h.stop(id)
 	h.each(id, func(o *object) {
+		o.stopping = true
 		if o.doomed.IsZero() {
 			o.doomed = time.Now()
 		}
@@ -108,6 +102,7 @@ func (h *history) bury(id string) {
 	})
 }
 
+// each changes an object and what is in it.
 func (h *history) each(id string, fn func(o *object)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -173,7 +168,7 @@ func (h *history) judgeLocked(id string, o *object, st *runtime.ContainerStatus)
 	}
 }
 
-// running notes a call that only a running container answers.
+// alive notes a call that only a running container answers.
 func (h *history) alive(id string, from time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -183,7 +178,7 @@ func (h *history) alive(id string, from time.Time) {
 	}
 }
 
-// pod holds the status of a pod that is ready against the model.
+// podIs holds the status of a pod against the model.
 func (h *history) podIs(id, ip string, isReady bool, from time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
