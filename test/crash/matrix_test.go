@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -386,8 +387,8 @@ func (o *outcomes) print(t *testing.T) {
 	var b strings.Builder
 	b.WriteString("| operation | what happened | cells | call repeated | container made anew | berthd restarted | losses |\n|---|---|---|---|---|---|---|\n")
 	total := outcome{}
-	for _, verb := range sorted(o.byRow) {
-		for _, action := range sorted(o.byRow[verb]) {
+	for _, verb := range slices.Sorted(maps.Keys(o.byRow)) {
+		for _, action := range slices.Sorted(maps.Keys(o.byRow[verb])) {
 			n := o.byRow[verb][action]
 			fmt.Fprintf(&b, "| %s | %s | %d | %d | %d | %d | %d |\n", verb, action, n.cells, n.retried, n.recreated, n.restarted, n.lost)
 			total.cells += n.cells
@@ -402,13 +403,4 @@ func (o *outcomes) print(t *testing.T) {
 	for _, l := range o.loss {
 		t.Logf("lost with a killed shim: %s", l)
 	}
-}
-
-func sorted[V any](m map[string]V) []string {
-	var keys []string
-	for k := range m {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys)
-	return keys
 }

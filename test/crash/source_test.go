@@ -4,6 +4,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,11 +23,12 @@ func sourceIsPassed(t *testing.T, passed map[string]bool) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	points := slices.Collect(maps.Keys(passed))
 	total := 0
 	for _, dir := range []string{"sandbox", "imageservice", "snapshotter/overlay", "shim/shimd"} {
 		for _, name := range stepsIn(t, filepath.Join(root, dir)) {
 			total++
-			found := slices.ContainsFunc(sorted(passed), func(p string) bool { return strings.HasSuffix(p, "."+name) })
+			found := slices.ContainsFunc(points, func(p string) bool { return strings.HasSuffix(p, "."+name) })
 			if !found {
 				t.Errorf("%s: the step %q is passed in no scenario of the matrix", dir, name)
 			}
