@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -27,14 +25,7 @@ const cyclesEnv = "BERTH_CRASH_CYCLES"
 // kubelet, and checks: the container's exit code is never lost, and at the end
 // nothing is left.
 func TestCycles(t *testing.T) {
-	cycles := 25
-	if s := os.Getenv(cyclesEnv); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil || n < 1 {
-			t.Fatalf("%s=%q: want a number from 1", cyclesEnv, s)
-		}
-		cycles = n
-	}
+	cycles := numberOf(t, cyclesEnv, 25)
 	r := startNode(t, node.Options{})
 	seed := uint64(time.Now().UnixNano())
 	users := r.userNS()

@@ -155,6 +155,18 @@ func (r *rig) nothingLeft() {
 	}
 }
 
+// numberOf is the number from 1 that a variable of the environment has, or n.
+func numberOf(t *testing.T, env string, n int) int {
+	t.Helper()
+	if s := os.Getenv(env); s != "" {
+		var err error
+		if n, err = strconv.Atoi(s); err != nil || n < 1 {
+			t.Fatalf("%s=%q: want a number from 1", env, s)
+		}
+	}
+	return n
+}
+
 func (r *rig) must(err error) {
 	r.Helper()
 	if err != nil {

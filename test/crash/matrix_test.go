@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -206,14 +205,7 @@ func (o *outcomes) pluginLeft(rules int) {
 // that has to get through, and checks after each that nothing is left. The
 // points come from what the programs themselves pass.
 func TestMatrix(t *testing.T) {
-	part := 10
-	if s := os.Getenv(matrixEnv); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil || n < 1 {
-			t.Fatalf("%s=%q: want a number from 1", matrixEnv, s)
-		}
-		part = n
-	}
+	part := numberOf(t, matrixEnv, 10)
 	begun := time.Now()
 	f := newFaulty(t)
 	all, passed := f.cells()

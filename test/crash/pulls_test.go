@@ -61,14 +61,7 @@ func (r *rig) pushPullables() (out []pullable) {
 // are removed nothing is left of any attempt.
 func TestPullKilled(t *testing.T) {
 	t.Parallel()
-	kills := 4
-	if s := os.Getenv(pullKillsEnv); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil || n < 1 {
-			t.Fatalf("%s=%q: want a number from 1", pullKillsEnv, s)
-		}
-		kills = n
-	}
+	kills := numberOf(t, pullKillsEnv, 4)
 	r := newNode(t, node.Options{})
 	r.must(r.Start(r.ctx))
 	all := r.pushPullables()
