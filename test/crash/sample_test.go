@@ -1,13 +1,9 @@
 package crash
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -15,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/berthd/berth/test/node"
 )
 
 // sample is what a node takes at a moment at which it has no pods.
@@ -32,7 +30,7 @@ func (s *soak) sample(metrics string) sample {
 	time.Sleep(2 * time.Second) // connections and timers of the last calls
 	var out sample
 	var err error
-	out.goroutines, err = goroutines(metrics)
+	out.goroutines, err = node.Goroutines(metrics)
 	s.must(err)
 	out.files, err = s.Files()
 	s.must(err)
@@ -89,29 +87,6 @@ func (s sample) compare(t *testing.T, before sample) {
 			t.Errorf("%s: %d, was %d", c.name, c.now, c.was)
 		}
 	}
-}
-
-// goroutines asks berthd's metrics.
-func goroutines(socket string) (int, error) {
-	c := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", socket)
-		}}}
-	r, err := c.Get("http://berthd/metrics")
-	if err != nil {
-		return 0, err
-	}
-	defer r.Body.Close()
-	text, err := io.ReadAll(r.Body)
-	if err != nil {
-		return 0, err
-	}
-	for line := range strings.Lines(string(text)) {
-		if v, ok := strings.CutPrefix(line, "go_goroutines "); ok {
-			return strconv.Atoi(strings.TrimSpace(v))
-		}
-	}
-	return 0, fmt.Errorf("no go_goroutines in %d bytes of metrics", len(text))
 }
 
 // rss is the resident memory of a process in KiB.

@@ -4,9 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -126,29 +123,9 @@ func (c *container) holds(metrics string) holding {
 	c.must(err)
 	shim, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", info.ShimPid))
 	c.must(err)
-	return holding{c.goroutines(metrics), files, len(shim), c.zombies(c.node.Pid(), info.ShimPid)}
-}
-
-// goroutines asks the daemon's metrics.
-func (c *container) goroutines(metrics string) int {
-	c.Helper()
-	h := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", metrics)
-	}}}
-	r, err := h.Get("http://metrics/metrics")
+	goroutines, err := node.Goroutines(metrics)
 	c.must(err)
-	defer r.Body.Close()
-	text, err := io.ReadAll(r.Body)
-	c.must(err)
-	for line := range strings.Lines(string(text)) {
-		if v, ok := strings.CutPrefix(line, "go_goroutines "); ok {
-			n, err := strconv.Atoi(strings.TrimSpace(v))
-			c.must(err)
-			return n
-		}
-	}
-	c.Fatal("the metrics do not count goroutines")
-	return 0
+	return holding{goroutines, files, len(shim), c.zombies(c.node.Pid(), info.ShimPid)}
 }
 
 // zombies counts the dead children that these processes, or any of the container,
