@@ -59,7 +59,7 @@ func plugins(t *testing.T) (dir string, opts node.Options) {
 	t.Helper()
 	dir = t.TempDir()
 	return dir, node.Options{
-		CNIBinDirs: []string{dir, "/usr/lib/cni", "/opt/cni/bin"},
+		CNIBinDirs: append([]string{dir}, node.CNIBinDirs...),
 		Config:     "cni_timeout = \"3s\"\n",
 		CNIAfter:   `{"type": "faulty"}`,
 	}

@@ -68,13 +68,11 @@ func newFaulty(t *testing.T) *faulty {
 		t.Fatal(err)
 	}
 	opts := node.Options{Bin: bin, Config: limits, Env: []string{failpoint.Env + "=" + string(points)},
-		CNIBinDirs: append([]string{fakes}, pluginDirs...), Runtimes: map[string]string{"runc": filepath.Join(fakes, "runc")}}
+		CNIBinDirs: append([]string{fakes}, node.CNIBinDirs...), Runtimes: map[string]string{"runc": filepath.Join(fakes, "runc")}}
 	f := &faulty{rig: newNode(t, opts), points: points}
 	f.warm()
 	return f
 }
-
-var pluginDirs = []string{"/usr/lib/cni", "/opt/cni/bin"}
 
 // layFakes makes the directory that test/fakes wants.
 func layFakes(dir, bin string) (string, error) {
@@ -84,7 +82,7 @@ func layFakes(dir, bin string) (string, error) {
 	errs = append(errs, err)
 	real := map[string]string{"runc": runc}
 	for _, name := range []string{"bridge", "portmap"} {
-		for _, d := range pluginDirs {
+		for _, d := range node.CNIBinDirs {
 			if p := filepath.Join(d, name); fileExists(p) {
 				real[name] = p
 			}

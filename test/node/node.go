@@ -49,10 +49,13 @@ type Options struct {
 	Runtimes   map[string]string
 	CNI        string   // a conflist; "": one bridge with host-local and portmap; NoCNI: none
 	CNIAfter   string   // a plugin's configuration, put at the end of the usual conflist
-	CNIBinDirs []string // replaces the directories where plugins are looked for
+	CNIBinDirs []string // replaces the variable of that name
 	Env        []string // environment of berthd, in addition to that of the test
 	Args       []string // arguments of berthd, in addition to --config
 }
+
+// CNIBinDirs are where plugins are looked for.
+var CNIBinDirs = []string{"/usr/lib/cni", "/opt/cni/bin"}
 
 // NoCNI as Options.CNI leaves the configuration directory empty.
 const NoCNI = "none"
@@ -181,7 +184,7 @@ func (n *Node) keys(registries, policy string) [][2]string {
 	q := func(s string) string { return fmt.Sprintf("%q", s) }
 	bins := n.opts.CNIBinDirs
 	if bins == nil {
-		bins = []string{"/usr/lib/cni", "/opt/cni/bin"}
+		bins = CNIBinDirs
 	}
 	return [][2]string{
 		{"state_dir", q(n.StateDir)},
