@@ -27,19 +27,10 @@ func withMirrors(t *testing.T) (own *box, write func(name, text string)) {
 		b.must(os.WriteFile(p, []byte(text), 0o600))
 	}
 	write("registries.conf", "")
-	s := *b.suite
-	var err error
-	s.node, err = node.New(node.Options{
-		Bin: b.bin, RegistriesConf: filepath.Join(dir, "registries.conf"),
-		Config: fmt.Sprintf("hosts_dir = %q\npull_stall_timeout = \"2s\"\npull_retries = 2\n", filepath.Join(dir, "certs.d")),
-	})
-	b.must(err)
-	t.Cleanup(func() { b.must(s.node.Close()) })
-	b.must(s.node.Start(b.ctx))
-	s.client, err = s.node.Client()
-	b.must(err)
-	s.endpoint, s.parent, s.logs = s.node.Socket, s.node.Parent, s.node.LogDir
-	return &box{T: t, suite: &s, ctx: b.ctx}, write
+	return b.ownNode(b.ctx, node.Options{
+		RegistriesConf: filepath.Join(dir, "registries.conf"),
+		Config:         fmt.Sprintf("hosts_dir = %q\npull_stall_timeout = \"2s\"\npull_retries = 2\n", filepath.Join(dir, "certs.d")),
+	}), write
 }
 
 // TestMirrors: an image is had from mirrors under its own name, whatever they do, and

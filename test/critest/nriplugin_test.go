@@ -19,21 +19,9 @@ import (
 func (b *box) own(config string, without ...string) *box {
 	b.Helper()
 	b.ours()
-	n, err := node.New(node.Options{Bin: b.bin, Registries: []string{b.registry.Addr()}, Config: config, Without: without})
-	b.must(err)
-	b.Cleanup(func() {
-		if err := n.Close(); err != nil {
-			b.Errorf("clean-up: %v", err)
-		}
-	})
-	own := *b.suite
-	own.node, own.logs, own.parent = n, n.LogDir, n.Parent
-	b.must(n.Start(b.ctx))
-	own.client, err = n.Client()
-	b.must(err)
-	_, err = own.client.Pull(b.ctx, b.ref(images.Busybox))
-	b.must(err)
-	return &box{T: b.T, suite: &own, ctx: b.ctx}
+	own := b.ownNode(b.ctx, node.Options{Config: config, Without: without})
+	own.pulled(images.Busybox)
+	return own
 }
 
 // plugin is an NRI plugin of a test. It notes what it is told; its functions may

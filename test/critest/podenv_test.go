@@ -13,6 +13,7 @@ import (
 
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/berthd/berth/test/images"
 	"github.com/berthd/berth/test/node"
 )
 
@@ -332,6 +333,7 @@ func TestPodTwoAddresses(t *testing.T) {
 	b.ours()
 	b = b.ownNode(b.ctx, node.Options{CNI: fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "two", "plugins": [{"type": "ptp", "ipam":
   {"type": "host-local", "dataDir": %q, "ranges": [[{"subnet": "10.123.45.0/24"}], [{"subnet": "fd00:77:45::/64"}]]}}]}`, t.TempDir())})
+	b.pulled(images.Busybox)
 	p := b.pod()
 	n := p.status().GetNetwork()
 	if !strings.HasPrefix(n.GetIp(), "10.123.45.") || len(n.GetAdditionalIps()) != 1 || !strings.HasPrefix(n.AdditionalIps[0].GetIp(), "fd00:77:45::") {

@@ -42,6 +42,7 @@ func TestProbes(t *testing.T) {
 	defer cancel()
 	metrics := filepath.Join(b.TempDir(), "m")
 	b = b.ownNode(ctx, node.Options{Config: fmt.Sprintf("metrics_listen = \"unix:%s\"\nexec_drain = \"50ms\"\n", metrics)})
+	b.pulled(images.Busybox)
 	c := b.pod().run(sh("while true; do sleep 1; done")) // its process 1 waits for orphans
 	c.probe(40)
 	before := c.holds(metrics)
@@ -57,7 +58,7 @@ func TestProbes(t *testing.T) {
 	}
 }
 
-// ownNode is a box with a daemon that no other test uses.
+// ownNode is a box with a daemon that no other test uses, and that has no image yet.
 func (b *box) ownNode(ctx context.Context, o node.Options) *box {
 	b.Helper()
 	own := *b.suite
@@ -65,14 +66,16 @@ func (b *box) ownNode(ctx context.Context, o node.Options) *box {
 	var err error
 	own.node, err = node.New(o)
 	b.must(err)
-	b.Cleanup(func() { b.must(own.node.Close()) })
+	b.Cleanup(func() {
+		if err := own.node.Close(); err != nil {
+			b.Errorf("clean-up: %v", err)
+		}
+	})
 	b.must(own.node.Start(ctx))
 	own.client, err = own.node.Client()
 	b.must(err)
 	own.endpoint, own.parent, own.logs = own.node.Socket, own.node.Parent, own.node.LogDir
-	out := &box{T: b.T, suite: &own, ctx: ctx}
-	out.pull(out.ref(images.Busybox))
-	return out
+	return &box{T: b.T, suite: &own, ctx: ctx}
 }
 
 // probe runs n commands, some at a time.

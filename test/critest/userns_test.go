@@ -508,19 +508,8 @@ func TestUserNamespaceRestart(t *testing.T) {
 	b := open(t)
 	b.ours()
 	b.needsUserNS()
-	n, err := node.New(node.Options{Bin: b.bin, Registries: []string{b.registry.Addr()}})
-	b.must(err)
-	t.Cleanup(func() {
-		if err := n.Close(); err != nil {
-			t.Errorf("clean-up: %v", err)
-		}
-	})
-	b.must(n.Start(b.ctx))
-	s := *b.suite
-	s.node, s.logs, s.parent, s.endpoint = n, n.LogDir, n.Parent, n.Socket
-	s.client, err = n.Client()
-	b.must(err)
-	own := &box{T: t, suite: &s, ctx: b.ctx}
+	own := b.ownNode(b.ctx, node.Options{})
+	n := own.node
 	own.pulled(images.Busybox)
 	p := own.pod(podNS(userNSOf(usersAt)))
 	c := p.run(sh("sleep 300"))

@@ -20,12 +20,10 @@ func (b *box) imageVolume(name, inside, sub string, edits ...func(*runtime.Mount
 	return func(c *runtime.ContainerConfig) { c.Mounts = append(c.Mounts, m) }
 }
 
-// pull makes sure that an image is there, and returns its ID.
+// pulled makes sure that one of the standard images is there, and returns its ID.
 func (b *box) pulled(name string) string {
 	b.Helper()
-	r, err := b.client.Images.PullImage(b.ctx, &runtime.PullImageRequest{Image: &runtime.ImageSpec{Image: b.ref(name)}})
-	b.must(err)
-	return r.ImageRef
+	return b.pull(b.ref(name))
 }
 
 func TestImageVolume(t *testing.T) {
