@@ -2,7 +2,6 @@ package critest
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,8 +10,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/berthd/berth/test/images"
 	"github.com/berthd/berth/test/node"
@@ -116,12 +113,8 @@ func (c *container) probe(n int) {
 // holds counts. The connection that it asks over is part of the count each time.
 func (c *container) holds(metrics string) holding {
 	c.Helper()
-	r, err := c.client.ContainerStatus(c.ctx, &runtime.ContainerStatusRequest{ContainerId: c.id, Verbose: true})
-	c.must(err)
-	var info struct {
-		ShimPid int `json:"shimPid"`
-	}
-	c.must(json.Unmarshal([]byte(r.Info["info"]), &info))
+	var info struct{ ShimPid int }
+	c.info(&info)
 	files, err := c.node.Files()
 	c.must(err)
 	shim, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", info.ShimPid))

@@ -134,13 +134,20 @@ func TestUserNamespace(t *testing.T) {
 // do not tell.
 func (c *container) pid() int {
 	c.Helper()
+	var info struct{ Pid int }
+	c.info(&info)
+	return info.Pid
+}
+
+// info reads the verbose status into v, which stays as it is of runtimes that have
+// none.
+func (c *container) info(v any) {
+	c.Helper()
 	r, err := c.client.ContainerStatus(c.ctx, &runtime.ContainerStatusRequest{ContainerId: c.id, Verbose: true})
 	c.must(err)
-	var info struct{ Pid int }
 	if text := r.Info["info"]; text != "" {
-		c.must(json.Unmarshal([]byte(text), &info))
+		c.must(json.Unmarshal([]byte(text), v))
 	}
-	return info.Pid
 }
 
 // TestUserNamespaceLayer: what a container writes is stored with the owners that
