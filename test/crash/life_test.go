@@ -56,7 +56,7 @@ type life struct {
 	attempt uint32
 }
 
-// do repeats a call until it succeeds. ok may take an error for a success.
+// do repeats a call until it succeeds.
 func (l *life) do(what string, call func(context.Context) error) {
 	l.Helper()
 	for end := time.Now().Add(retryLimit); ; time.Sleep(20 * time.Millisecond) {
@@ -303,7 +303,7 @@ func (l *life) gone() {
 	})
 }
 
-// pull is the life of an image: pulled, used in all ways that need no container,
+// image is the life of an image: pulled, used in all ways that need no container,
 // removed.
 func (l *life) image() {
 	l.Helper()

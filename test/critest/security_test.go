@@ -77,8 +77,6 @@ func TestCapabilities(t *testing.T) {
 	})
 }
 
-// TestExecCapabilities: a command by exec has what the container has, and an
-// empty inheritable set as well.
 // TestAmbientCapabilities: what is ambient is what a user without rights really has,
 // in the container as in an exec.
 func TestAmbientCapabilities(t *testing.T) {
@@ -109,6 +107,8 @@ func TestAmbientCapabilities(t *testing.T) {
 	}
 }
 
+// TestExecCapabilities: a command by exec has what the container has, and an
+// empty inheritable set as well.
 func TestExecCapabilities(t *testing.T) {
 	b := open(t)
 	c := b.pod().run(sh("sleep 300"), security(func(s *sctx) {
