@@ -49,6 +49,7 @@ type Options struct {
 	Runtimes   map[string]string
 	CNI        string   // a conflist; "": one bridge with host-local and portmap; NoCNI: none
 	CNIAfter   string   // a plugin's configuration, put at the end of the usual conflist
+	Subnet     string   // of the usual conflist's bridge, as CIDR; "": a /24 that no other node has
 	CNIBinDirs []string // replaces the variable of that name
 	Env        []string // environment of berthd, in addition to that of the test
 	Args       []string // arguments of berthd, in addition to --config
@@ -72,7 +73,7 @@ type Node struct {
 	Config   string // path of the configuration file
 	LogDir   string // for pods' logs
 	CNIDir   string
-	Subnet   string // of the bridge, as CIDR; a /24
+	Subnet   string // of the bridge, as CIDR
 	LogFile  string // berthd's standard error, of all its runs
 	Parent   string // the cgroup under which tests put pods
 
@@ -107,6 +108,9 @@ func New(opts Options) (*Node, error) {
 		CNIDir: filepath.Join(dir, "cni"), LogFile: filepath.Join(dir, "berthd.log"), Parent: "/" + name, opts: opts,
 		// The subnets of nodes that run at the same time differ.
 		Subnet: fmt.Sprintf("10.%d.%d.0/24", 100+os.Getpid()/250%100, (os.Getpid()%250+i*7)%250),
+	}
+	if opts.Subnet != "" {
+		n.Subnet = opts.Subnet
 	}
 	n.Socket, n.NRI, n.Plugins = filepath.Join(n.RunDir, "berth.sock"), filepath.Join(n.RunDir, "nri.sock"), filepath.Join(n.Dir, "plugins")
 	if logs := os.Getenv(LogsEnv); logs != "" {

@@ -25,8 +25,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -37,6 +35,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/berthd/berth/test/bench/endpoint"
 )
 
 // options are what the flags say.
@@ -65,13 +65,7 @@ func main() {
 
 func parse() options {
 	var o options
-	flag.Func("endpoint", "name=unix:///socket of a CRI runtime; may be given again; the last one is what the others are compared with", func(v string) error {
-		if !strings.Contains(v, "=") {
-			return errors.New("want name=address")
-		}
-		o.endpoints = append(o.endpoints, v)
-		return nil
-	})
+	flag.Func("endpoint", "name=unix:///socket of a CRI runtime; may be given again; the last one is what the others are compared with", endpoint.List(&o.endpoints))
 	images := flag.String("images", strings.Join(imageNames, ","), "which images, by name")
 	flag.StringVar(&o.corpus, "corpus", filepath.Join(os.TempDir(), "berth-bench-pull"), "directory of the images; about 700 MiB are written into it once")
 	flag.StringVar(&o.source, "source", "/usr", "directory whose files the images are made of")
@@ -118,7 +112,7 @@ func run(ctx context.Context) error {
 		return err
 	}
 	report(os.Stdout, c, targets, samples)
-	return writeJSON(o.json, samples)
+	return endpoint.WriteJSON(o.json, samples)
 }
 
 // measure runs all rounds. The first of each image is not counted: it brings
@@ -131,11 +125,11 @@ func measure(ctx context.Context, o options, c *corpus, reg *registry, targets [
 			for _, t := range targets {
 				s, err := t.round(ctx, o.timeout, img, reg.ref(img.Name))
 				if err != nil {
-					return nil, fmt.Errorf("%s: image %s: %w", t.name, img.Name, err)
+					return nil, fmt.Errorf("%s: image %s: %w", t.Name, img.Name, err)
 				}
 				s.Round = round
 				fmt.Fprintf(os.Stderr, "%-9s %-9s %d/%d  pull %.2fs cpu %.2fs written %d MiB peak %d MiB  remove %.2fs\n",
-					img.Name, t.name, round, o.rounds, s.PullSeconds, s.PullCPU, s.Written>>20, s.PeakRSS>>20, s.RemoveSeconds)
+					img.Name, t.Name, round, o.rounds, s.PullSeconds, s.PullCPU, s.Written>>20, s.PeakRSS>>20, s.RemoveSeconds)
 				if round > 0 {
 					samples = append(samples, s)
 				}
@@ -143,21 +137,6 @@ func measure(ctx context.Context, o options, c *corpus, reg *registry, targets [
 		}
 	}
 	return samples, nil
-}
-
-func writeJSON(to string, samples []sample) error {
-	if to == "" {
-		return nil
-	}
-	b, err := json.MarshalIndent(samples, "", " ")
-	if err != nil {
-		return err
-	}
-	if b = append(b, '\n'); to == "-" {
-		_, err = os.Stdout.Write(b)
-		return err
-	}
-	return os.WriteFile(to, b, 0o644)
 }
 
 // settle writes back what is dirty and gives the disk a moment.

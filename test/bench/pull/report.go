@@ -3,8 +3,9 @@ package main
 import (
 	"fmt"
 	"io"
-	"slices"
 	"text/tabwriter"
+
+	"github.com/berthd/berth/test/bench/endpoint"
 )
 
 // metrics are the columns of the table.
@@ -26,7 +27,7 @@ var metrics = []struct {
 // which the two ran one after the other.
 func report(to io.Writer, c *corpus, targets []*target, samples []sample) {
 	for _, t := range targets {
-		fmt.Fprintf(to, "%s: %s\n", t.name, t.version)
+		fmt.Fprintf(to, "%s: %s\n", t.Name, t.Version)
 	}
 	for _, img := range c.Images {
 		var size int64
@@ -42,11 +43,11 @@ func report(to io.Writer, c *corpus, targets []*target, samples []sample) {
 		}
 		fmt.Fprintln(w)
 		for _, t := range targets {
-			row(w, t.name, img.Name, t.name, "", samples)
+			row(w, t.Name, img.Name, t.Name, "", samples)
 		}
-		last := targets[len(targets)-1].name
+		last := targets[len(targets)-1].Name
 		for _, t := range targets[:len(targets)-1] {
-			row(w, t.name+" / "+last, img.Name, t.name, last, samples)
+			row(w, t.Name+" / "+last, img.Name, t.Name, last, samples)
 		}
 		w.Flush()
 	}
@@ -72,18 +73,7 @@ func row(w io.Writer, title, image, target, by string, samples []sample) {
 		for i := range base {
 			values[i] /= max(base[i], 1e-9)
 		}
-		fmt.Fprintf(w, "%.2f\t", median(values))
+		fmt.Fprintf(w, "%.2f\t", endpoint.Quantile(values, 0.5))
 	}
 	fmt.Fprintln(w)
-}
-
-func median(v []float64) float64 {
-	if len(v) == 0 {
-		return 0
-	}
-	slices.Sort(v)
-	if n := len(v); n%2 == 0 {
-		return (v[n/2-1] + v[n/2]) / 2
-	}
-	return v[len(v)/2]
 }
