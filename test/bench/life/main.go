@@ -3,8 +3,10 @@
 // running commands in them, reading what they print, and removing them.
 //
 //	life -endpoint berth=unix:///run/berth/berth.sock -endpoint peer=unix:///run/containerd/containerd.sock
+//	life -cases scale -scale 500 -plots plots
 //
-// With no endpoint it starts a berthd of its own. With several, they take turns in
+// With no endpoint, or one with the address "own", it starts a berthd of its own. With
+// several, they take turns in
 // every round, the first one last in every second, so that a machine's moods
 // meet all of them. Medians are given, and the ratios to the first endpoint.
 //
@@ -20,7 +22,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -30,14 +31,18 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/berthd/berth/test/bench/endpoint"
 )
 
 // options are what the flags say.
 type options struct {
 	endpoints       []string
+	restart         map[string]string // commands by the names of endpoints
 	cases           []string
 	rounds          int
 	pods, start     int
+	scale           int
 	churn, workers  int
 	execs           int
 	logMiB, line    int
@@ -62,21 +67,18 @@ func main() {
 
 func parse() *options {
 	o := &options{}
-	flag.Func("endpoint", "name=unix:///socket of a CRI runtime; may be given again", func(v string) error {
-		if !strings.Contains(v, "=") {
-			return errors.New("want name=address")
-		}
-		o.endpoints = append(o.endpoints, v)
-		return nil
-	})
-	list := flag.String("cases", strings.Join(caseNames(), ","), "which cases, in this order; restart is only for a berthd of its own")
+	flag.Func("endpoint", "name=unix:///socket of a CRI runtime, or name=own for a berthd that is started here; may be given again", endpoint.List(&o.endpoints))
+	var restarts []string
+	flag.Func("restart", "name=command that starts the daemon of that endpoint, in the foreground, after it was killed; may be given again", endpoint.List(&restarts))
+	list := flag.String("cases", "start,churn,exec,logs,density,restart", "which of "+strings.Join(caseNames(), ", ")+", in this order; restart is left out where no -restart is given and it is no berthd of its own")
 	flag.IntVar(&o.rounds, "rounds", 3, "runs of each case at each endpoint, 1 to 1000")
 	flag.IntVar(&o.start, "n", 20, "start: pods, one after the other")
 	flag.IntVar(&o.churn, "churn", 60, "churn: pods in all")
 	flag.IntVar(&o.workers, "workers", 10, "churn, exec: how many at once")
 	flag.IntVar(&o.pods, "pods", 100, "density, restart: pods that exist at once")
+	flag.IntVar(&o.scale, "scale", 500, "scale: pods that exist at once, of two containers each")
 	flag.DurationVar(&o.idle, "idle", 10*time.Second, "density: how long idle processes are watched")
-	flag.IntVar(&o.calls, "calls", 100, "density: calls of each kind")
+	flag.IntVar(&o.calls, "calls", 100, "density, scale: calls of each kind")
 	flag.IntVar(&o.execs, "execs", 60, "exec: commands, one after the other and then again in parallel")
 	flag.IntVar(&o.logMiB, "log-mib", 256, "logs: MiB that a container prints")
 	flag.IntVar(&o.line, "line", 100, "logs: bytes of a line")
@@ -86,11 +88,16 @@ func parse() *options {
 	flag.StringVar(&o.bin, "bin", "", "directory of a built berthd; \"\" means to build it")
 	flag.StringVar(&o.config, "config", "", "TOML put into the configuration of a berthd of its own")
 	flag.StringVar(&o.json, "json", "", "file for all figures; \"-\" means standard output")
-	flag.StringVar(&o.plots, "plots", "", "directory for plots (SVG) of density over the number of pods")
+	flag.StringVar(&o.plots, "plots", "", "directory for plots (SVG) of density and scale over the number of pods")
 	flag.DurationVar(&o.settle, "settle", 300*time.Millisecond, "pause before each run")
 	flag.DurationVar(&o.timeout, "timeout", 2*time.Minute, "longest time of a call")
 	flag.Parse()
 	o.cases = strings.Split(*list, ",")
+	o.restart = map[string]string{}
+	for _, r := range restarts {
+		name, command, _ := strings.Cut(r, "=")
+		o.restart[name] = command
+	}
 	return o
 }
 
@@ -100,11 +107,16 @@ func (o *options) check() error {
 		v, min, max int
 	}{
 		{"rounds", o.rounds, 1, 1000}, {"n", o.start, 1, 10000}, {"churn", o.churn, 1, 100000}, {"workers", o.workers, 1, 200},
-		{"pods", o.pods, 4, 5000}, {"calls", o.calls, 1, 100000}, {"execs", o.execs, 1, 100000},
+		{"pods", o.pods, 4, 1000}, {"scale", o.scale, 5, 1000}, {"calls", o.calls, 1, 100000}, {"execs", o.execs, 1, 100000},
 		{"log-mib", o.logMiB, 1, 1 << 20}, {"line", o.line, 2, 1 << 20},
 	} {
 		if n.v < n.min || n.v > n.max {
 			return fmt.Errorf("-%s %d: must be %d to %d", n.name, n.v, n.min, n.max)
+		}
+	}
+	for name := range o.restart {
+		if !slices.ContainsFunc(o.endpoints, func(e string) bool { return strings.HasPrefix(e, name+"=") }) {
+			return fmt.Errorf("-restart %s=…: no endpoint has that name", name)
 		}
 	}
 	for _, c := range o.cases {
@@ -132,16 +144,16 @@ func run(ctx context.Context, o *options) error {
 				slices.Reverse(order)
 			}
 			for _, t := range order {
-				if c.own && t.node == nil {
+				if c.restarts && !t.restarts() {
 					continue
 				}
 				time.Sleep(o.settle)
 				f, err := c.run(ctx, b, t)
 				if err != nil {
-					return fmt.Errorf("%s: %s, round %d: %w", t.name, name, round+1, err)
+					return fmt.Errorf("%s: %s, round %d: %w", t.Name, name, round+1, err)
 				}
-				b.results = append(b.results, result{Case: name, Target: t.name, Round: round + 1, Figures: f})
-				fmt.Fprintf(os.Stderr, "%-8s %-10s round %d/%d\n", name, t.name, round+1, o.rounds)
+				b.results = append(b.results, result{Case: name, Target: t.Name, Round: round + 1, Figures: f})
+				fmt.Fprintf(os.Stderr, "%-8s %-10s round %d/%d\n", name, t.Name, round+1, o.rounds)
 			}
 		}
 	}
@@ -151,14 +163,14 @@ func run(ctx context.Context, o *options) error {
 			return err
 		}
 	}
-	return b.writeJSON(o.json)
+	return endpoint.WriteJSON(o.json, written{Results: b.results, Stages: b.stages})
 }
 
 // A benchCase is one kind of load.
 type benchCase struct {
-	name string
-	own  bool // needs a berthd of the program's own
-	run  func(context.Context, *bench, *target) (figures, error)
+	name     string
+	restarts bool // needs a daemon that can be started again
+	run      func(context.Context, *bench, *target) (figures, error)
 }
 
 var cases = []benchCase{
@@ -168,6 +180,7 @@ var cases = []benchCase{
 	{"logs", false, logsCase},
 	{"density", false, densityCase},
 	{"restart", true, restartCase},
+	{"scale", false, scaleCase},
 }
 
 func caseNames() (names []string) {
@@ -182,4 +195,4 @@ func caseOf(name string) benchCase {
 }
 
 // logDir is where pods of a target log.
-func (b *bench) logDir(t *target) string { return filepath.Join(b.dir, "logs-"+t.name) }
+func (b *bench) logDir(t *target) string { return filepath.Join(b.dir, "logs-"+t.Name) }

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/berthd/berth/test/bench/endpoint"
 )
 
 // helperNames are what the processes are called that stay with pods.
@@ -49,48 +51,21 @@ func without(a, b []int) (rest []int) {
 // pss is the proportional share of memory of processes, in KiB.
 func pss(pids ...int) (kib float64) {
 	for _, pid := range pids {
-		kib += value(fmt.Sprintf("/proc/%d/smaps_rollup", pid), "Pss")
+		kib += float64(endpoint.Value(fmt.Sprintf("/proc/%d/smaps_rollup", pid), "Pss"))
 	}
 	return kib
 }
 
-// slab is the kernel's memory in slabs, in KiB.
-func slab() float64 { return value("/proc/meminfo", "Slab") }
-
-// value finds a line "key: n …" of a file.
-func value(file, key string) float64 {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return 0
-	}
-	for line := range strings.Lines(string(b)) {
-		if v, ok := strings.CutPrefix(line, key+":"); ok {
-			if f := strings.Fields(v); len(f) > 0 {
-				n, _ := strconv.ParseFloat(f[0], 64)
-				return n
-			}
-		}
-	}
-	return 0
+// kernelMemory is what the kernel needs for itself, in KiB, by /proc/meminfo.
+type kernelMemory struct {
+	slab          int64 // with caches of directory entries and inodes
+	unreclaimable int64 // slabs without those
+	rest          int64 // stacks of threads, page tables, per-CPU data
 }
 
-// used is the processor time that processes have used, in seconds to 10 ms.
-func used(pids ...int) (seconds float64) {
-	for _, pid := range pids {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
-			continue
-		}
-		// The name in parentheses may hold anything; the state is field 3.
-		f := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
-		if len(f) > 12 {
-			for _, v := range f[11:13] { // utime, stime; USER_HZ is 100
-				n, _ := strconv.ParseFloat(v, 64)
-				seconds += n / 100
-			}
-		}
-	}
-	return seconds
+func readKernelMemory() kernelMemory {
+	v := func(key string) int64 { return endpoint.Value("/proc/meminfo", key) }
+	return kernelMemory{slab: v("Slab"), unreclaimable: v("SUnreclaim"), rest: v("KernelStack") + v("PageTables") + v("Percpu")}
 }
 
 // busy is the processor time of the machine, less this program's, in seconds.

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
@@ -10,23 +9,37 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+
+	"github.com/berthd/berth/test/bench/endpoint"
 )
 
-// result is what one run of a case measured. The results of case "stage" are
-// the stages of the density case; their Round is the number of pods.
+// result is what one run of a case measured.
 type result struct {
 	Case    string
 	Target  string
 	Round   int
 	Figures figures
-	At      float64 `json:",omitempty"` // seconds since the case began
+}
+
+// stageResult is what was measured while there were so many pods.
+type stageResult struct {
+	Case    string
+	Target  string
+	Pods    int
+	Figures figures
+}
+
+// written is the form of the JSON.
+type written struct {
+	Results []result
+	Stages  []stageResult
 }
 
 // report prints medians and their ranges, and with several targets the ratio of
 // each to the first one: the median of the ratios of the rounds.
 func (b *bench) report(to io.Writer) {
 	for _, t := range b.targets {
-		fmt.Fprintf(to, "%s: %s\n", t.name, t.version)
+		fmt.Fprintf(to, "%s: %s\n", t.Name, t.Version)
 	}
 	for _, name := range b.o.cases {
 		names := b.figureNames(name)
@@ -37,7 +50,7 @@ func (b *bench) report(to io.Writer) {
 		w := tabwriter.NewWriter(to, 0, 0, 2, ' ', tabwriter.AlignRight)
 		fmt.Fprint(w, "\t")
 		for i, t := range b.targets {
-			fmt.Fprintf(w, "%s\tfrom\tto\t", t.name)
+			fmt.Fprintf(w, "%s\tfrom\tto\t", t.Name)
 			if i > 0 {
 				fmt.Fprint(w, "ratio\t")
 			}
@@ -45,10 +58,10 @@ func (b *bench) report(to io.Writer) {
 		fmt.Fprintln(w)
 		for _, figure := range names {
 			fmt.Fprintf(w, "%s\t", figure)
-			base := b.values(name, b.targets[0].name, figure)
+			base := b.values(name, b.targets[0].Name, figure)
 			for i, t := range b.targets {
-				v := b.values(name, t.name, figure)
-				fmt.Fprintf(w, "%s\t%s\t%s\t", number(quantile(v, 0.5)), number(quantile(v, 0)), number(quantile(v, 1)))
+				v := b.values(name, t.Name, figure)
+				fmt.Fprintf(w, "%s\t%s\t%s\t", number(endpoint.Quantile(v, 0.5)), number(endpoint.Quantile(v, 0)), number(endpoint.Quantile(v, 1)))
 				if i > 0 {
 					fmt.Fprintf(w, "%s\t", ratio(v, base))
 				}
@@ -56,7 +69,65 @@ func (b *bench) report(to io.Writer) {
 			fmt.Fprintln(w)
 		}
 		w.Flush()
+		b.reportStages(to, name)
 	}
+}
+
+// reportStages prints the medians of a case by the number of pods.
+func (b *bench) reportStages(to io.Writer, name string) {
+	for _, t := range b.targets {
+		lines := b.curves(name, t.Name)
+		if len(lines) == 0 {
+			continue
+		}
+		fmt.Fprintf(to, "\n%s, %s by the number of pods\n", name, t.Name)
+		w := tabwriter.NewWriter(to, 0, 0, 2, ' ', tabwriter.AlignRight)
+		for i, l := range lines {
+			if i == 0 {
+				fmt.Fprint(w, "\t")
+				for _, p := range l.points {
+					fmt.Fprintf(w, "%.0f\t", p.x)
+				}
+				fmt.Fprintln(w)
+			}
+			fmt.Fprintf(w, "%s\t", l.name)
+			for _, p := range l.points {
+				fmt.Fprintf(w, "%s\t", number(p.y))
+			}
+			fmt.Fprintln(w)
+		}
+		w.Flush()
+	}
+}
+
+// curves are the medians of the figures of a case over the number of pods, one for
+// each figure that all stages have, by name.
+func (b *bench) curves(name, target string) (out []line) {
+	stages := map[int]bool{}
+	values := map[string]map[int][]float64{}
+	for _, r := range b.stages {
+		if r.Case != name || r.Target != target {
+			continue
+		}
+		stages[r.Pods] = true
+		for f, v := range r.Figures {
+			if values[f] == nil {
+				values[f] = map[int][]float64{}
+			}
+			values[f][r.Pods] = append(values[f][r.Pods], v)
+		}
+	}
+	for _, f := range slices.Sorted(maps.Keys(values)) {
+		if len(values[f]) < len(stages) {
+			continue
+		}
+		l := line{name: f}
+		for _, n := range slices.Sorted(maps.Keys(values[f])) {
+			l.points = append(l.points, xy{float64(n), endpoint.Quantile(values[f][n], 0.5)})
+		}
+		out = append(out, l)
+	}
+	return out
 }
 
 func ratio(v, base []float64) string {
@@ -72,7 +143,7 @@ func ratio(v, base []float64) string {
 	if len(r) == 0 {
 		return ""
 	}
-	return number(quantile(r, 0.5))
+	return number(endpoint.Quantile(r, 0.5))
 }
 
 func number(v float64) string {
@@ -109,45 +180,31 @@ func (b *bench) values(name, target, figure string) (v []float64) {
 	return v
 }
 
-func (b *bench) writeJSON(to string) error {
-	if to == "" {
-		return nil
-	}
-	text, err := json.MarshalIndent(b.results, "", " ")
-	if err != nil {
-		return err
-	}
-	if text = append(text, '\n'); to == "-" {
-		_, err = os.Stdout.Write(text)
-		return err
-	}
-	return os.WriteFile(to, text, 0o644)
-}
-
-// plot writes one picture for each figure of the stages of the density case.
+// plot writes one picture for each figure of the stages of a case, with a line for
+// each target.
 func (b *bench) plot(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	for _, figure := range b.figureNames("stage") {
-		var lines []line
+	for _, name := range b.o.cases {
+		pictures := map[string][]line{}
 		for _, t := range b.targets {
-			l := line{name: t.name}
-			byPods := map[int][]float64{}
-			for _, r := range b.results {
-				if f, ok := r.Figures[figure]; ok && r.Case == "stage" && r.Target == t.name {
-					byPods[r.Round] = append(byPods[r.Round], f)
-				}
+			for _, l := range b.curves(name, t.Name) {
+				pictures[l.name] = append(pictures[l.name], line{name: t.Name, points: l.points})
 			}
-			for _, n := range slices.Sorted(maps.Keys(byPods)) {
-				l.points = append(l.points, xy{float64(n), quantile(byPods[n], 0.5)})
-			}
-			lines = append(lines, l)
 		}
-		name := strings.NewReplacer(", ", "-", " ", "-", "%", "share", "/", "-").Replace(figure) + ".svg"
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(svg(figure, "pods", lines)), 0o644); err != nil {
-			return err
+		for figure, lines := range pictures {
+			to := filepath.Join(dir, name+"-"+fileName(figure)+".svg")
+			if err := os.WriteFile(to, []byte(svg(name+": "+figure, "pods", lines)), 0o644); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
+}
+
+// fileName makes a name for a file of that of a figure.
+func fileName(figure string) string {
+	words := strings.FieldsFunc(figure, func(r rune) bool { return strings.ContainsRune(" ,:/", r) })
+	return strings.ReplaceAll(strings.Join(words, "-"), "%", "share")
 }

@@ -2,19 +2,16 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/berthd/berth/test/bench/endpoint"
 	"github.com/berthd/berth/test/images"
 	"github.com/berthd/berth/test/node"
 	"github.com/berthd/berth/test/registry"
@@ -27,17 +24,16 @@ type bench struct {
 	image   string
 	targets []*target
 	results []result
+	stages  []stageResult
 	closers []func() error
 	seq     atomic.Int64
 }
 
 // target is a CRI endpoint and the processes behind it.
 type target struct {
-	name    string
-	version string
-	client  *node.Client
-	pid     int
+	*endpoint.Endpoint
 	node    *node.Node // nil for one that was there before
+	restart string     // the command that starts the daemon of one that was, "" if it is not known
 }
 
 func (b *bench) close() {
@@ -65,33 +61,45 @@ func open(ctx context.Context, o *options) (*bench, error) {
 		}
 	}
 	endpoints := o.endpoints
-	var own *node.Node
 	if len(endpoints) == 0 {
-		if own, err = b.ownNode(ctx, registryAddr); err != nil {
-			return b, err
-		}
-		endpoints = []string{"berth=" + own.Socket}
+		endpoints = []string{"berth=" + own}
 	}
 	for _, e := range endpoints {
-		name, address, _ := strings.Cut(e, "=")
-		t, err := dial(ctx, name, address)
-		if err != nil {
-			return b, fmt.Errorf("endpoint %s: %w", e, err)
-		}
-		t.node = own
-		b.targets = append(b.targets, t)
-		b.closers = append(b.closers, t.client.Close)
-		if err := b.pull(ctx, t); err != nil {
-			return b, fmt.Errorf("endpoint %s: image %s: %w", e, b.image, err)
+		if err := b.add(ctx, e, registryAddr); err != nil {
+			return b, err
 		}
 	}
 	return b, nil
 }
 
+// own stands for the address of a berthd that is started here.
+const own = "own"
+
+// add gets an endpoint ready.
+func (b *bench) add(ctx context.Context, nameAndAddress, registryAddr string) (err error) {
+	t := &target{}
+	if name, address, _ := strings.Cut(nameAndAddress, "="); address == own {
+		if t.node, err = b.ownNode(ctx, registryAddr); err != nil {
+			return fmt.Errorf("endpoint %s: %w", nameAndAddress, err)
+		}
+		nameAndAddress = name + "=" + t.node.Socket
+	}
+	if t.Endpoint, err = endpoint.Dial(ctx, nameAndAddress); err != nil {
+		return err
+	}
+	t.restart = b.o.restart[t.Name]
+	b.targets = append(b.targets, t)
+	b.closers = append(b.closers, t.Close)
+	if err := b.pull(ctx, t); err != nil {
+		return fmt.Errorf("endpoint %s: image %s: %w", nameAndAddress, b.image, err)
+	}
+	return nil
+}
+
 func (b *bench) pull(ctx context.Context, t *target) error {
 	ctx, cancel := context.WithTimeout(ctx, b.o.timeout)
 	defer cancel()
-	_, err := t.client.Pull(ctx, b.image)
+	_, err := t.Client.Pull(ctx, b.image)
 	return err
 }
 
@@ -119,81 +127,47 @@ func (b *bench) serveImage(ctx context.Context) (string, error) {
 	return s.Addr(), nil
 }
 
+// ownSubnet has room for as many pods as a bridge has ports, 1023. Programs that run
+// at the same time most likely have different ones.
+func ownSubnet() string { return fmt.Sprintf("10.%d.%d.0/21", 200+os.Getpid()%50, os.Getpid()/50%32*8) }
+
 func (b *bench) ownNode(ctx context.Context, registryAddr string) (*node.Node, error) {
-	bin := b.o.bin
-	if bin == "" {
-		root, err := node.Root()
-		if err != nil {
-			return nil, err
-		}
-		if bin, err = node.Build(ctx, root, b.dir); err != nil {
-			return nil, err
-		}
+	dir, err := os.MkdirTemp(b.dir, "own-")
+	if err != nil {
+		return nil, err
 	}
-	opts := node.Options{Bin: bin, Config: fmt.Sprintf("state_dir = %q\n%s", filepath.Join(b.dir, "state"), b.o.config), Without: []string{"state_dir"}}
+	own := endpoint.Own{Dir: dir, Bin: b.o.bin, Config: b.o.config, Subnet: ownSubnet()}
 	if registryAddr != "" {
-		opts.Registries = []string{registryAddr}
+		own.Registries = []string{registryAddr}
 	}
-	n, err := node.New(opts)
-	if err != nil {
-		return nil, err
+	n, err := own.Start(ctx)
+	if n != nil {
+		b.closers = append(b.closers, n.Close)
 	}
-	b.closers = append(b.closers, n.Close)
-	ready, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	return n, n.Start(ready)
+	return n, err
 }
 
-func dial(ctx context.Context, name, address string) (*target, error) {
-	c, err := node.Dial(address, nil)
-	if err != nil {
-		return nil, err
-	}
-	t := &target{name: name, client: c}
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
-	defer cancel()
-	v, err := c.Version(ctx, &runtime.VersionRequest{})
-	if err == nil {
-		t.version = v.RuntimeName + " " + v.RuntimeVersion
-		t.pid, err = listener(strings.TrimPrefix(address, "unix://"))
-	}
-	if err != nil {
-		return nil, errors.Join(err, c.Close())
-	}
-	return t, nil
-}
-
-// listener returns the process that listens at a unix socket.
-func listener(socket string) (int, error) {
-	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: socket})
-	if err != nil {
-		return 0, err
-	}
-	defer c.Close()
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	var inner error
-	err = raw.Control(func(fd uintptr) { cred, inner = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
-	if err := errors.Join(err, inner); err != nil {
-		return 0, err
-	}
-	return int(cred.Pid), nil
-}
-
-// A pod is one that a case made, with at most one container.
+// A pod is one that a case made, with what it has of its containers.
 type pod struct {
-	t         *target
-	timeout   time.Duration
-	cfg       *runtime.PodSandboxConfig
-	id        string
-	container string
+	t          *target
+	timeout    time.Duration
+	cfg        *runtime.PodSandboxConfig
+	id         string
+	containers []string
 }
 
 // times are how long the calls of a pod's life took, by the name of the call.
-type times map[string]time.Duration
+type times map[string][]time.Duration
+
+// sum is the time of all calls of these names.
+func (at times) sum(calls ...string) (d time.Duration) {
+	for _, c := range calls {
+		for _, one := range at[c] {
+			d += one
+		}
+	}
+	return d
+}
 
 // timed makes a call and notes its time.
 func (p *pod) timed(ctx context.Context, at times, call string, f func(context.Context) error) error {
@@ -201,16 +175,16 @@ func (p *pod) timed(ctx context.Context, at times, call string, f func(context.C
 	defer cancel()
 	began := time.Now()
 	err := f(ctx)
-	at[call] = time.Since(began)
+	at[call] = append(at[call], time.Since(began))
 	if err != nil {
 		return fmt.Errorf("%s: %w", call, err)
 	}
 	return nil
 }
 
-// start makes a pod with a container that runs command. What there is of the pod
-// is to be removed in any case.
-func (b *bench) start(ctx context.Context, t *target, at times, command ...string) (*pod, error) {
+// start makes a pod with n containers that run command, one after the other as
+// the kubelet does. What there is of the pod is to be removed in any case.
+func (b *bench) start(ctx context.Context, t *target, at times, n int, command ...string) (*pod, error) {
 	name := fmt.Sprintf("life-%d-%d", os.Getpid(), b.seq.Add(1))
 	p := &pod{t: t, timeout: b.o.timeout, cfg: node.PodConfig(name, b.logDir(t), "/berth-bench")}
 	if b.o.hostNetwork {
@@ -220,30 +194,39 @@ func (b *bench) start(ctx context.Context, t *target, at times, command ...strin
 		return p, err
 	}
 	err := p.timed(ctx, at, "RunPodSandbox", func(ctx context.Context) (err error) {
-		p.id, err = t.client.Run(ctx, p.cfg)
+		p.id, err = t.Client.Run(ctx, p.cfg)
+		return err
+	})
+	for i := 0; i < n && err == nil; i++ {
+		err = p.launch(ctx, at, b.container(i, command))
+	}
+	return p, err
+}
+
+// launch starts one more container.
+func (p *pod) launch(ctx context.Context, at times, cfg *runtime.ContainerConfig) error {
+	id := ""
+	err := p.timed(ctx, at, "CreateContainer", func(ctx context.Context) error {
+		r, err := p.t.Client.CreateContainer(ctx, &runtime.CreateContainerRequest{PodSandboxId: p.id, Config: cfg, SandboxConfig: p.cfg})
+		id = r.GetContainerId()
 		return err
 	})
 	if err != nil {
-		return p, err
-	}
-	cfg := b.container(command)
-	err = p.timed(ctx, at, "CreateContainer", func(ctx context.Context) error {
-		r, err := t.client.CreateContainer(ctx, &runtime.CreateContainerRequest{PodSandboxId: p.id, Config: cfg, SandboxConfig: p.cfg})
-		p.container = r.GetContainerId()
 		return err
-	})
-	if err != nil {
-		return p, err
 	}
-	return p, p.timed(ctx, at, "StartContainer", func(ctx context.Context) error {
-		_, err := t.client.StartContainer(ctx, &runtime.StartContainerRequest{ContainerId: p.container})
+	p.containers = append(p.containers, id)
+	return p.timed(ctx, at, "StartContainer", func(ctx context.Context) error {
+		_, err := p.t.Client.StartContainer(ctx, &runtime.StartContainerRequest{ContainerId: id})
 		return err
 	})
 }
 
+// containerName is the name of the i-th container of a pod, which its log has, too.
+func containerName(i int) string { return fmt.Sprintf("c%d", i) }
+
 // container is configured as the kubelet does it for a best-effort pod.
-func (b *bench) container(command []string) *runtime.ContainerConfig {
-	c := node.ContainerConfig("main", b.image, command...)
+func (b *bench) container(i int, command []string) *runtime.ContainerConfig {
+	c := node.ContainerConfig(containerName(i), b.image, command...)
 	c.Linux.Resources = &runtime.LinuxContainerResources{CpuShares: 2, OomScoreAdj: 1000}
 	s := c.Linux.SecurityContext
 	s.Seccomp = &runtime.SecurityProfile{ProfileType: runtime.SecurityProfile_RuntimeDefault}
@@ -258,25 +241,39 @@ func (b *bench) container(command []string) *runtime.ContainerConfig {
 
 // remove takes the pod down in the kubelet's order of calls.
 func (p *pod) remove(ctx context.Context, at times) error {
-	if p.container != "" {
-		c := &runtime.StopContainerRequest{ContainerId: p.container}
-		if err := p.timed(ctx, at, "StopContainer", func(ctx context.Context) error { _, err := p.t.client.StopContainer(ctx, c); return err }); err != nil {
+	c := p.t.Client
+	for _, id := range p.containers {
+		err := p.timed(ctx, at, "StopContainer", func(ctx context.Context) error {
+			_, err := c.StopContainer(ctx, &runtime.StopContainerRequest{ContainerId: id})
+			return err
+		})
+		if err != nil {
 			return err
 		}
-		r := &runtime.RemoveContainerRequest{ContainerId: p.container}
-		if err := p.timed(ctx, at, "RemoveContainer", func(ctx context.Context) error { _, err := p.t.client.RemoveContainer(ctx, r); return err }); err != nil {
+	}
+	for _, id := range p.containers {
+		err := p.timed(ctx, at, "RemoveContainer", func(ctx context.Context) error {
+			_, err := c.RemoveContainer(ctx, &runtime.RemoveContainerRequest{ContainerId: id})
+			return err
+		})
+		if err != nil {
 			return err
 		}
 	}
 	if p.id == "" {
 		return nil
 	}
-	s := &runtime.StopPodSandboxRequest{PodSandboxId: p.id}
-	if err := p.timed(ctx, at, "StopPodSandbox", func(ctx context.Context) error { _, err := p.t.client.StopPodSandbox(ctx, s); return err }); err != nil {
+	err := p.timed(ctx, at, "StopPodSandbox", func(ctx context.Context) error {
+		_, err := c.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: p.id})
+		return err
+	})
+	if err != nil {
 		return err
 	}
-	r := &runtime.RemovePodSandboxRequest{PodSandboxId: p.id}
-	return p.timed(ctx, at, "RemovePodSandbox", func(ctx context.Context) error { _, err := p.t.client.RemovePodSandbox(ctx, r); return err })
+	return p.timed(ctx, at, "RemovePodSandbox", func(ctx context.Context) error {
+		_, err := c.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: p.id})
+		return err
+	})
 }
 
 // removeAll takes pods down with some at once, also after ctx has ended.
