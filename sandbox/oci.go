@@ -261,12 +261,20 @@ func (c *container) driver() string {
 	return cgroup.Cgroupfs
 }
 
-// driverOf is the cgroup driver that the pod was made with.
+// driverOf is the cgroup driver that the pod was made with. Of a row without one
+// the parent tells, which each driver wants in a form of its own; without that it
+// can only be the node's.
 func (s *Service) driverOf(p *pod) string {
-	if p.OCI.Driver != "" {
+	parent := p.config.GetLinux().GetCgroupParent()
+	switch {
+	case p.OCI.Driver != "":
 		return p.OCI.Driver
+	case parent == "":
+		return s.cfg.CgroupDriver
+	case cgroup.IsSlice(parent):
+		return cgroup.Systemd
 	}
-	return s.cfg.CgroupDriver
+	return cgroup.Cgroupfs
 }
 
 // annotations are those that the OCI runtime of a handler is told about a pod,

@@ -68,6 +68,23 @@ func TestRuntimeOf(t *testing.T) {
 			t.Errorf("%s, container: got %s, %s, %s; want %s, %s, %s", tc.name, r.path, r.root, r.driver, tc.path, tc.root, tc.driver)
 		}
 	}
+	for parent, want := range map[string]string{"": cgroup.Systemd, "/kubepods/pod1": cgroup.Cgroupfs, "a.slice/b": cgroup.Cgroupfs,
+		"kubepods.slice": cgroup.Systemd, "/kubepods.slice/kubepods-pod1.slice/": cgroup.Systemd} {
+		for node := range strings.SplitSeq("systemd,cgroupfs", ",") {
+			s.cfg.CgroupDriver = node
+			if parent == "" {
+				want = node
+			}
+			p := &pod{podRow: podRow{Handler: "a"}, config: &runtime.PodSandboxConfig{Linux: &runtime.LinuxPodSandboxConfig{CgroupParent: parent}}}
+			if got := s.driverOf(p); got != want {
+				t.Errorf("early row of a pod in %q, driver %s now: got %s, want %s", parent, node, got, want)
+			}
+			p.OCI.Driver = cgroup.Cgroupfs
+			if got := s.driverOf(p); got != cgroup.Cgroupfs {
+				t.Errorf("pod in %q with a driver in its row: got %s", parent, got)
+			}
+		}
+	}
 	if _, err := s.handler(strings.Repeat("x", 1000)); err == nil || len(err.Error()) > 500 || !strings.Contains(err.Error(), "a, b") {
 		t.Errorf("unknown handler: got %v, want the names that there are, in short", err)
 	}

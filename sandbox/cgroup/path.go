@@ -63,9 +63,8 @@ func checkParent(driver, parent string) (string, error) {
 			return bad(fmt.Sprintf("component %q", clip(c)))
 		}
 	}
-	slices := strings.HasSuffix(path.Clean(parent), ".slice")
 	if driver == Cgroupfs {
-		if slices {
+		if IsSlice(parent) {
 			return bad("a systemd slice, want a plain path")
 		}
 		if clean := path.Clean("/" + parent); clean != "/" {
@@ -73,11 +72,14 @@ func checkParent(driver, parent string) (string, error) {
 		}
 		return bad("the root group")
 	}
-	if !slices {
+	if !IsSlice(parent) {
 		return bad("want a systemd slice, as kubepods.slice")
 	}
 	return checkSlice(parent, bad)
 }
+
+// IsSlice tells whether a parent is in the form of the systemd driver.
+func IsSlice(parent string) bool { return strings.HasSuffix(path.Clean(parent), ".slice") }
 
 // checkSlice returns the last component of a path of slices.
 func checkSlice(parent string, bad func(string) (string, error)) (string, error) {
