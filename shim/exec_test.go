@@ -94,11 +94,10 @@ func TestExecFails(t *testing.T) {
 // exec.
 func TestExecRuntimeKilled(t *testing.T) {
 	c := newContainer(t, "/bin/sleep", "1000")
-	real, once := c.l.Runtime, c.path("once")
-	c.l.Runtime = c.path("runtime.sh")
+	once := c.path("once")
 	mustT(t, os.WriteFile(once, nil, 0o600))
-	mustT(t, os.WriteFile(c.l.Runtime, []byte("#!/bin/sh\ncase \"$*\" in *\" exec \"*) if rm "+once+
-		"; then : >"+c.l.Bundle+"/.exec-1.pid; : >"+c.l.Bundle+"/exec-1.pid; kill -9 $$; fi;; esac\nexec "+real+" \"$@\"\n"), 0o755))
+	c.fakeRuntime("case \"$*\" in *\" exec \"*) if rm " + once +
+		"; then : >" + c.l.Bundle + "/.exec-1.pid; : >" + c.l.Bundle + "/exec-1.pid; kill -9 $$; fi;; esac")
 	c.run()
 	if r, err := c.exec(shim.ExecRequest{}, "true"); !errors.Is(err, shim.ErrRuntime) {
 		t.Errorf("got %+v, %v; want ErrRuntime", r, err)
@@ -113,9 +112,7 @@ func TestExecRuntimeKilled(t *testing.T) {
 // The runtime hangs before it has started the process.
 func TestExecRuntimeHangs(t *testing.T) {
 	c := newContainer(t, "/bin/sleep", "1000")
-	real := c.l.Runtime
-	c.l.Runtime = c.path("runtime.sh")
-	mustT(t, os.WriteFile(c.l.Runtime, []byte("#!/bin/sh\ncase \"$*\" in *\" exec \"*) sleep 1000 & sleep 1000;; esac\nexec "+real+" \"$@\"\n"), 0o755))
+	c.fakeRuntime("case \"$*\" in *\" exec \"*) sleep 1000 & sleep 1000;; esac")
 	c.run()
 	r, err := c.exec(shim.ExecRequest{Timeout: 300 * time.Millisecond}, "true")
 	if err != nil || !r.TimedOut {

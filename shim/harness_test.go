@@ -118,6 +118,15 @@ func newContainer(t testing.TB, args ...string) *container {
 	return c
 }
 
+// fakeRuntime puts a shell script before the runtime. It is not below c.dir, since
+// /run is often mounted noexec.
+func (c *container) fakeRuntime(script string) {
+	c.t.Helper()
+	real := c.l.Runtime
+	c.l.Runtime = filepath.Join(c.t.TempDir(), "runtime.sh")
+	mustT(c.t, os.WriteFile(c.l.Runtime, []byte("#!/bin/sh\n"+script+"\nexec "+real+" \"$@\"\n"), 0o755))
+}
+
 func (c *container) path(name string) string { return filepath.Join(c.dir, name) }
 
 func privateDir(t testing.TB) string {

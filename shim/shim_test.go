@@ -119,9 +119,8 @@ func TestRuntimeHangsInStart(t *testing.T) {
 	for _, killed := range []bool{false, true} {
 		t.Run(map[bool]string{false: "shut down", true: "killed"}[killed], func(t *testing.T) {
 			c := newContainer(t, "/bin/sleep", "1000")
-			real, pidFile := c.l.Runtime, c.path("hung.pid")
-			c.l.Runtime = c.path("runtime.sh")
-			mustT(t, os.WriteFile(c.l.Runtime, []byte("#!/bin/sh\ncase \"$*\" in *\" start \"*) echo $$ >"+pidFile+"; exec sleep 1000;; esac\nexec "+real+" \"$@\"\n"), 0o755))
+			pidFile := c.path("hung.pid")
+			c.fakeRuntime("case \"$*\" in *\" start \"*) echo $$ >" + pidFile + "; exec sleep 1000;; esac")
 			mustT(t, c.create())
 			go c.c.Start(context.Background())
 			pid := 0
@@ -209,8 +208,7 @@ func TestCreateFails(t *testing.T) {
 	})
 	t.Run("hang", func(t *testing.T) {
 		c := newContainer(t, "/bin/true")
-		c.l.Runtime = c.path("runtime.sh")
-		mustT(t, os.WriteFile(c.l.Runtime, []byte("#!/bin/sh\ncase \"$*\" in *create*) sleep 1000 & sleep 1000;; esac\n"), 0o755))
+		c.fakeRuntime("case \"$*\" in *create*) sleep 1000 & sleep 1000;; esac")
 		c.l.CreateTimeout = 300 * time.Millisecond
 		check(t, c, shim.ErrTimeout, "runtime create")
 	})
@@ -224,9 +222,7 @@ func TestCreateFails(t *testing.T) {
 // The client ends while the runtime creates: the shim goes on.
 func TestClientEndsDuringCreate(t *testing.T) {
 	c := newContainer(t, "/bin/sh", "-c", "exit 7")
-	real := c.l.Runtime
-	c.l.Runtime = c.path("runtime.sh")
-	mustT(t, os.WriteFile(c.l.Runtime, []byte("#!/bin/sh\ncase \"$*\" in *create*) sleep 0.5;; esac\nexec "+real+" \"$@\"\n"), 0o755))
+	c.fakeRuntime("case \"$*\" in *create*) sleep 0.5;; esac")
 	mustT(t, writeSpec(c))
 	bin, err := builtShim()
 	mustT(t, err)
@@ -250,8 +246,7 @@ func TestClientEndsDuringCreate(t *testing.T) {
 
 func TestShutdownDuringCreate(t *testing.T) {
 	c := newContainer(t, "/bin/true")
-	c.l.Runtime = c.path("runtime.sh")
-	mustT(t, os.WriteFile(c.l.Runtime, []byte("#!/bin/sh\ncase \"$*\" in *create*) sleep 1000;; esac\n"), 0o755))
+	c.fakeRuntime("case \"$*\" in *create*) sleep 1000;; esac")
 	mustT(t, writeSpec(c))
 	bin, err := builtShim()
 	mustT(t, err)
