@@ -12,7 +12,20 @@ import (
 // directory that is not a mount point is bind-mounted on itself; doing it again
 // changes nothing, and a crash between the two steps is repaired by the next
 // call. Mounts already below dir stay visible and become private too.
+//
+// Programs can be run from it, also where dir is on a file system that is mounted
+// noexec, as /run often is: pods' user namespaces and inits begin with one.
 func PrivateMount(dir string) error {
+	if err := makePrivate(dir); err != nil {
+		return fmt.Errorf("private mount %s: %w", dir, err)
+	}
+	if err := allowExec(dir); err != nil {
+		return fmt.Errorf("private mount %s: without noexec: %w", dir, err)
+	}
+	return nil
+}
+
+func makePrivate(dir string) error {
 	const private = unix.MS_PRIVATE | unix.MS_REC
 	err := unix.Mount("", dir, "", private, "")
 	if err == nil {
@@ -20,13 +33,22 @@ func PrivateMount(dir string) error {
 	}
 	// EINVAL is the kernel's word for "not a mount point".
 	if !errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("private mount %s: %w", dir, err)
+		return err
 	}
 	if err := unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
-		return fmt.Errorf("private mount %s: bind: %w", dir, err)
+		return fmt.Errorf("bind: %w", err)
 	}
-	if err := unix.Mount("", dir, "", private, ""); err != nil {
-		return fmt.Errorf("private mount %s: %w", dir, err)
+	return unix.Mount("", dir, "", private, "")
+}
+
+// allowExec takes noexec from a mount, and from no other of its file system.
+func allowExec(dir string) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil || st.Flags&unix.ST_NOEXEC == 0 {
+		return err
 	}
-	return nil
+	// The other flags of a mount are as given; only those about access times
+	// stay when none is.
+	keep := uintptr(st.Flags) & (unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV)
+	return unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_BIND|keep, "")
 }

@@ -374,7 +374,7 @@ func TestPrivateMount(t *testing.T) {
 	needRoot(t)
 	// A shared mount, as systemd makes every mount of the host.
 	outer := t.TempDir()
-	if err := unix.Mount("tmpfs", outer, "tmpfs", 0, ""); err != nil {
+	if err := unix.Mount("tmpfs", outer, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Unmount(outer, unix.MNT_DETACH) })
@@ -392,8 +392,15 @@ func TestPrivateMount(t *testing.T) {
 	}
 	var mounts int
 	for line := range strings.Lines(mustRead(t, "/proc/self/mountinfo")) {
-		if f := strings.Fields(line); f[4] == root {
+		f := strings.Fields(line)
+		if f[4] == outer && !strings.Contains(f[5], "noexec") {
+			t.Errorf("the mount above has lost its flags: %s", line)
+		}
+		if f[4] == root {
 			mounts++
+			if o := "," + f[5] + ","; strings.Contains(o, ",noexec,") || !strings.Contains(o, ",nosuid,") || !strings.Contains(o, ",nodev,") {
+				t.Errorf("flags %s, want nosuid and nodev as above, and no noexec", f[5])
+			}
 			if strings.Contains(line, "shared:") || strings.Contains(line, "master:") {
 				t.Errorf("not private: %s", line)
 			}
@@ -401,6 +408,14 @@ func TestPrivateMount(t *testing.T) {
 	}
 	if mounts != 1 {
 		t.Errorf("mounts on %s after three calls: %d, want 1", root, mounts)
+	}
+
+	script := filepath.Join(root, "run")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(script).CombinedOutput(); err != nil {
+		t.Errorf("a program below it: %v: %s", err, out)
 	}
 
 	p, err := NewPins(filepath.Join(root, "ns"))
