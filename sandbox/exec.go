@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -131,31 +132,37 @@ type change struct {
 	update *runtime.LinuxContainerResources
 	beyond *specs.LinuxResources // what the CRI has no words for; nil for nothing
 	undo   time.Duration         // how long it may take to undo it
+	back   *madeUpdate           // what it takes back, unless that has been changed since; nil for nothing
 }
 
-// updateResources changes the limits.
-func (s *Service) updateResources(ctx context.Context, o *op, id string, ch change) error {
+// updateResources changes the limits and returns what the row says of them now.
+func (s *Service) updateResources(ctx context.Context, o *op, id string, ch change) (raw []byte, err error) {
 	o.enter("turn")
 	done, err := s.updates.take(ctx, id)
 	if err != nil {
-		return fmt.Errorf("container %s: another update goes on: %w", id, err)
+		return nil, fmt.Errorf("container %s: another update goes on: %w", id, err)
 	}
 	defer done()
 	c, err := s.book.view().container(id)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if c.State != StateCreated && c.State != StateRunning {
-		return fmt.Errorf("%w: container %s is %s", ErrState, id, c.State)
+		return nil, fmt.Errorf("%w: container %s is %s", ErrState, id, c.State)
 	}
 	merged := spec.MergeResources(c.resources, ch.update)
 	res, err := spec.ResolveResources(merged, s.host)
 	if err != nil {
-		return fmt.Errorf("container %s: %w", id, err)
+		return nil, fmt.Errorf("container %s: %w", id, err)
 	}
-	raw, err := proto.Marshal(merged)
-	if err != nil {
-		return fmt.Errorf("container %s: %w", id, err)
+	if raw, err = proto.Marshal(merged); err != nil {
+		return nil, fmt.Errorf("container %s: %w", id, err)
+	}
+	if ch.back != nil {
+		if !bytes.Equal(c.Resources, ch.back.made) {
+			return c.Resources, nil
+		}
+		raw = ch.back.old.Resources
 	}
 	rt := s.runtimeOfContainer(c)
 	res.Devices = nil // device rules are not part of an update
@@ -168,9 +175,9 @@ func (s *Service) updateResources(ctx context.Context, o *op, id string, ch chan
 		}},
 	})
 	if err != nil {
-		return errors.Join(fmt.Errorf("container %s: %w", id, err), s.restoreResources(ctx, rt, c, ch.undo))
+		return nil, errors.Join(fmt.Errorf("container %s: %w", id, err), s.restoreResources(ctx, rt, c, ch.undo))
 	}
-	return nil
+	return raw, nil
 }
 
 // restoreResources sets the limits back to what the book says, after an update

@@ -2,9 +2,11 @@ package sandbox
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"math"
+	"slices"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -14,7 +16,6 @@ import (
 
 	"github.com/berthd/berth/sandbox/cgroup"
 	"github.com/berthd/berth/sandbox/nri"
-	"github.com/berthd/berth/store"
 )
 
 // Plugins speak of resources as the OCI does, rows as the CRI does.
@@ -139,6 +140,7 @@ type madeUpdate struct {
 	update nri.Update
 	old    *container    // with the resources of before
 	limits cgroup.Limits // in force before
+	made   []byte        // the resources of its row then
 }
 
 // applyUpdate changes the resources of one container as a plugin wants.
@@ -155,28 +157,37 @@ func (s *Service) applyUpdate(ctx context.Context, u nri.Update) (madeUpdate, er
 	// Without limits that can be read, as a runtime may keep them elsewhere, only
 	// what the book knows can be taken back.
 	o := &op{verb: "update container", object: c.ID}
-	return m, s.updateResources(ctx, o, c.ID, change{criResources(u.Resources), u.Resources, pluginUndo})
+	m.made, err = s.updateResources(ctx, o, c.ID, change{update: criResources(u.Resources), beyond: u.Resources, undo: pluginUndo})
+	return m, err
 }
 
-// pluginUndo is how long it may take to undo an update that plugins wanted: all
-// of them wait meanwhile.
+// pluginUndo is how long it may take to undo an update that plugins wanted, as all
+// of them may have to wait meanwhile.
 const pluginUndo = 5 * time.Second
 
 // takeBack undoes an update: what the container was given before is set again, and
 // what had no limit gets the one that the kernel had. Of keys of cgroup v2, of
 // huge pages and of what only the OCI knows, nothing is taken back that had not
-// been set before.
+// been set before, and nothing at all of what somebody has changed since.
 func (s *Service) takeBack(ctx context.Context, m madeUpdate) error {
 	ctx, cancel := cleanup(ctx, pluginUndo)
 	defer cancel()
 	back := pastResources(criResources(m.update.Resources), m.old.resources, m.limits)
 	o := &op{verb: "update container back", object: m.old.ID}
-	if err := s.updateResources(ctx, o, m.old.ID, change{update: back, undo: pluginUndo}); err != nil && !s.exited(m.old.ID) {
+	if _, err := s.updateResources(ctx, o, m.old.ID, change{update: back, undo: pluginUndo, back: &m}); err != nil && !s.exited(m.old.ID) {
 		klog.FromContext(ctx).Error(err, "Update not taken back", "containerID", m.old.ID)
 		return fmt.Errorf("update of container %s not taken back: %w", m.old.ID, err)
 	}
-	_, err := s.book.updateContainer(m.old.ID, func(_ *store.Tx, r *containerRow) error { r.Resources = m.old.Resources; return nil })
-	return ignoreGone(err)
+	return nil
+}
+
+// takeAllBack undoes updates, the last one first.
+func (s *Service) takeAllBack(ctx context.Context, made []madeUpdate) error {
+	var errs []error
+	for _, m := range slices.Backward(made) {
+		errs = append(errs, s.takeBack(ctx, m))
+	}
+	return errors.Join(errs...)
 }
 
 // pastResources is an update that undoes another one.
@@ -237,20 +248,24 @@ func (s *Service) updateAsked(ctx context.Context, o *op, id string, update *run
 	if c != nil {
 		p = v.pods[c.PodID]
 	}
+	ch := change{update: update, undo: undoTimeout}
 	if s.deps.Plugins == nil || p == nil || (c.State != StateCreated && c.State != StateRunning) {
-		return s.updateResources(ctx, o, id, change{update: update, undo: undoTimeout})
+		_, err := s.updateResources(ctx, o, id, ch)
+		return err
 	}
 	o.enter("plugins")
-	applied, err := s.deps.Plugins.Update(ctx, s.pluginPod(p), s.pluginContainer(c), ociResources(update))
-	switch {
-	case err != nil:
-	case !applied:
-		err = s.updateResources(ctx, o, id, change{update: update, undo: undoTimeout})
-	case s.exited(id): // which is no failure of an update that plugins want
-		err = fmt.Errorf("%w: container %s has exited", ErrState, id)
-	}
+	said, err := s.deps.Plugins.Update(ctx, s.pluginPod(p), s.pluginContainer(c), ociResources(update))
 	if err != nil {
 		return err
+	}
+	if said.Own != nil {
+		ch.update, ch.beyond = criResources(said.Own), said.Own
+	}
+	if _, err := s.updateResources(ctx, o, id, ch); err != nil {
+		if s.exited(id) { // which is no reason to take back what others got
+			return fmt.Errorf("%w: container %s has exited: %w", ErrState, id, err)
+		}
+		return errors.Join(err, said.Undo(ctx))
 	}
 	s.tellNews(ctx, nri.PostUpdateContainer, id)
 	return nil

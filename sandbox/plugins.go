@@ -29,7 +29,7 @@ type Plugins interface {
 	Serve(ctx context.Context, node nri.Node)
 	Run(ctx context.Context, p nri.Pod) (done func(), err error)
 	Create(ctx context.Context, p nri.Pod, c nri.Container, d nri.Draft) (done func(), err error)
-	Update(ctx context.Context, p nri.Pod, c nri.Container, res *specs.LinuxResources) (applied bool, err error)
+	Update(ctx context.Context, p nri.Pod, c nri.Container, res *specs.LinuxResources) (nri.Said, error)
 	Tell(ctx context.Context, e nri.Event, p nri.Pod, c nri.Container) error
 }
 
@@ -337,8 +337,9 @@ func (n pluginNode) Snapshot() (pods []nri.Pod, containers []nri.Container) {
 
 // Apply changes resources of containers. One that is not there any more, or has
 // ended, is among those that failed, and no reason to take back the others.
-func (n pluginNode) Apply(ctx context.Context, updates []nri.Update) (failed []nri.Update, err error) {
+func (n pluginNode) Apply(ctx context.Context, updates []nri.Update) (failed []nri.Update, undo func(context.Context) error, err error) {
 	var made []madeUpdate
+	undo = func(ctx context.Context) error { return n.s.takeAllBack(ctx, made) }
 	for i, u := range updates {
 		m, e := n.s.applyUpdate(ctx, u)
 		switch {
@@ -351,10 +352,11 @@ func (n pluginNode) Apply(ctx context.Context, updates []nri.Update) (failed []n
 			failed = append(failed, updates[i:]...)
 			for _, m := range slices.Backward(made) {
 				failed = append(failed, m.update)
-				e = errors.Join(e, n.s.takeBack(ctx, m))
 			}
-			return failed, fmt.Errorf("update that a plugin wants: %w", e)
+			e = errors.Join(e, undo(ctx))
+			made = nil
+			return failed, undo, fmt.Errorf("update that a plugin wants: %w", e)
 		}
 	}
-	return failed, nil
+	return failed, undo, nil
 }

@@ -22,8 +22,8 @@
 // A turn is short: the time of a plugin is bounded, a plugin that exceeds it is
 // disconnected unless it asked not to be, and what plugins want is carried out in
 // bounded time. A turn never includes the work of an OCI runtime on a container
-// that is made, started or stopped, nor that of a network plugin. Waiting for it
-// ends with the caller's context.
+// that is made, started, stopped or updated on request, nor that of a network
+// plugin. Waiting for it ends with the caller's context.
 //
 // # What is told
 //

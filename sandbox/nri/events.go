@@ -37,36 +37,45 @@ func (h *Host) Create(ctx context.Context, p Pod, c Container, d Draft) (done fu
 	if err := d.Accept(); err != nil {
 		return done, named("CreateContainer", fmt.Errorf("%w: %w", ErrAdjustment, err))
 	}
-	return done, named("CreateContainer", h.apply(ctx, rpl.GetUpdate()))
+	_, err = h.apply(ctx, rpl.GetUpdate())
+	return done, named("CreateContainer", err)
 }
 
 // Update asks plugins about an update of a container's resources, which they may
-// change, and has the node make it together with those of others that they want.
-// applied is false, and nothing has been done, if there are no plugins.
-func (h *Host) Update(ctx context.Context, p Pod, c Container, res *specs.LinuxResources) (applied bool, err error) {
+// change, and has the node make those of others that they want. The update itself
+// is for the caller to make: the kernel may take its time over it, and the turn
+// does not wait.
+func (h *Host) Update(ctx context.Context, p Pod, c Container, res *specs.LinuxResources) (Said, error) {
+	said := Said{Undo: nothingToUndo}
 	if err := h.take(ctx, "UpdateContainer", c.ID); err != nil {
-		return false, err
+		return said, err
 	}
 	defer h.give()
 	if h.idle() {
-		return false, nil
+		return said, nil
 	}
-	asked := api.FromOCILinuxResources(res, nil)
-	rpl, err := h.lib.UpdateContainer(ctx, &api.UpdateContainerRequest{Pod: podMessage(p), Container: containerMessage(c), LinuxResources: asked})
+	rpl, err := h.lib.UpdateContainer(ctx, &api.UpdateContainerRequest{Pod: podMessage(p), Container: containerMessage(c),
+		LinuxResources: api.FromOCILinuxResources(res, nil)})
 	if err != nil {
-		return false, named("UpdateContainer", err)
+		return said, named("UpdateContainer", err)
 	}
 	// The last one is the container's own, nil if no plugin had a say.
 	list := rpl.GetUpdate()
-	own := &api.ContainerUpdate{ContainerId: c.ID, Linux: &api.LinuxContainerUpdate{Resources: asked}}
 	if n := len(list); n > 0 && (list[n-1] == nil || list[n-1].ContainerId == c.ID) {
 		if list[n-1] != nil {
-			own.Linux = list[n-1].Linux
+			own, err := updatesOf(list[n-1:])
+			if err != nil {
+				return said, named("UpdateContainer", err)
+			}
+			said.Own = own[0].Resources
 		}
 		list = list[:n-1]
 	}
-	return true, named("UpdateContainer", h.apply(ctx, append(list, own)))
+	said.Undo, err = h.apply(ctx, list)
+	return said, named("UpdateContainer", err)
 }
+
+func nothingToUndo(context.Context) error { return nil }
 
 // Tell tells plugins of an event, of a pod or of c in it. Ends are told once, and
 // only of what plugins know; where a stop is missing before a removal it is told
@@ -147,7 +156,7 @@ func (h *Host) send(ctx context.Context, e Event, p Pod, c Container) error {
 	case StopContainer:
 		var rpl *api.StopContainerResponse
 		if rpl, err = h.lib.StopContainer(ctx, &api.StopContainerRequest{Pod: pod, Container: containerMessage(c)}); err == nil {
-			err = h.apply(ctx, rpl.GetUpdate())
+			_, err = h.apply(ctx, rpl.GetUpdate())
 		}
 	case RemoveContainer:
 		err = h.lib.RemoveContainer(ctx, &api.RemoveContainerRequest{Pod: pod, Container: containerMessage(c)})

@@ -253,7 +253,7 @@ func (h *Host) sync(ctx context.Context, cb adaptation.SyncCB) error {
 	if err != nil {
 		return err
 	}
-	if err := h.apply(h.ctx, updates); err != nil {
+	if _, err := h.apply(h.ctx, updates); err != nil {
 		klog.FromContext(h.ctx).Error(err, "NRI: updates after a synchronisation not made")
 	}
 	return nil
@@ -312,18 +312,18 @@ func (h *Host) tellMissed() {
 const applyLimit = 10 * time.Second
 
 // apply has the node make changes that plugins want.
-func (h *Host) apply(ctx context.Context, messages []*api.ContainerUpdate) error {
+func (h *Host) apply(ctx context.Context, messages []*api.ContainerUpdate) (undo func(context.Context) error, err error) {
 	if len(messages) == 0 {
-		return nil
+		return nothingToUndo, nil
 	}
 	updates, err := updatesOf(messages)
 	if err != nil {
-		return err
+		return nothingToUndo, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, applyLimit)
 	defer cancel()
-	_, err = h.node.Apply(ctx, updates)
-	return err
+	_, undo, err = h.node.Apply(ctx, updates)
+	return undo, err
 }
 
 // unsolicited makes changes that a plugin wants by itself, and returns those that
@@ -336,7 +336,7 @@ func (h *Host) unsolicited(ctx context.Context, messages []*api.ContainerUpdate)
 	}
 	ctx, cancel := context.WithTimeout(ctx, applyLimit)
 	defer cancel()
-	failed, err := h.node.Apply(ctx, updates)
+	failed, _, err := h.node.Apply(ctx, updates)
 	if err != nil {
 		klog.FromContext(h.ctx).Info("NRI: updates that a plugin wants not made", "err", err)
 	}

@@ -40,6 +40,7 @@ type testNode struct {
 	pods       []Pod
 	containers []Container
 	updates    []Update
+	undone     int
 }
 
 func (n *testNode) Snapshot() ([]Pod, []Container) {
@@ -48,7 +49,7 @@ func (n *testNode) Snapshot() ([]Pod, []Container) {
 	return slices.Clone(n.pods), slices.Clone(n.containers)
 }
 
-func (n *testNode) Apply(_ context.Context, updates []Update) (failed []Update, err error) {
+func (n *testNode) Apply(_ context.Context, updates []Update) (failed []Update, undo func(context.Context) error, err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for _, u := range updates {
@@ -61,7 +62,7 @@ func (n *testNode) Apply(_ context.Context, updates []Update) (failed []Update, 
 		}
 		n.updates = append(n.updates, u)
 	}
-	return failed, err
+	return failed, func(context.Context) error { n.undone += len(updates); return nil }, err
 }
 
 func (n *testNode) add(c Container) {
@@ -227,8 +228,10 @@ func TestLife(t *testing.T) {
 	for _, e := range []Event{PostCreateContainer, StartContainer, PostStartContainer} {
 		must(t, h.Tell(ctx, e, pod, c))
 	}
-	if applied, err := h.Update(ctx, pod, c, memory(3)); err != nil || !applied {
-		t.Fatalf("update: %v, %v", applied, err)
+	said, err := h.Update(ctx, pod, c, memory(3))
+	must(t, err)
+	if said.Own != nil {
+		t.Errorf("update: plugins that say nothing want %+v", said.Own)
 	}
 	for _, e := range []Event{PostUpdateContainer, StopContainer, StopContainer, RemoveContainer, RemoveContainer, StopContainer} {
 		must(t, h.Tell(ctx, e, pod, c))
@@ -469,7 +472,8 @@ func TestSynchronisationHangs(t *testing.T) {
 }
 
 // TestUpdates: what plugins want of others is made in the turn, a failure that may
-// be ignored is, and one that may not fails the request.
+// be ignored is, and one that may not fails the request. A container's own update
+// is left to who asked for it.
 func TestUpdates(t *testing.T) {
 	n := &testNode{}
 	h := serve(t, n, Config{})
@@ -499,15 +503,24 @@ func TestUpdates(t *testing.T) {
 	if len(n.updates) != 1 || n.updates[0].ID != "x" || *n.updates[0].Resources.Memory.Limit != 4096 {
 		t.Errorf("updates %+v, want x with 4096", n.updates)
 	}
-	applied, err := h.Update(t.Context(), Pod{ID: "p"}, Container{ID: "own"}, memory(8192))
+	n.updates = nil
+	said, err := h.Update(t.Context(), Pod{ID: "p"}, Container{ID: "own"}, memory(8192))
 	must(t, err)
-	last := n.updates[len(n.updates)-1]
-	if !applied || last.ID != "own" || *last.Resources.Memory.Limit != 8192 || *last.Resources.CPU.Shares != 77 {
-		t.Errorf("applied %v, last update %+v; want own with what was asked for and what the plugin added", applied, last)
+	if said.Own == nil || *said.Own.Memory.Limit != 8192 || *said.Own.CPU.Shares != 77 {
+		t.Errorf("own %+v, want what was asked for and what the plugin added", said.Own)
+	}
+	if len(n.updates) != 1 || n.updates[0].ID != "x" {
+		t.Errorf("updates %+v, want that of x alone", n.updates)
+	}
+	if must(t, said.Undo(t.Context())); n.undone != 2 {
+		t.Errorf("%d updates taken back, want the 2 that plugins wanted of others", n.undone)
 	}
 	wants = []*api.ContainerUpdate{update("bad", false)}
 	if err := create("b"); err == nil || !strings.Contains(err.Error(), "update of bad") {
 		t.Errorf("create: %v, want the failure", err)
+	}
+	if said, err := h.Update(t.Context(), Pod{ID: "p"}, Container{ID: "own"}, memory(8192)); err == nil || said.Undo == nil {
+		t.Errorf("update: %v; want the failure, and an undo all the same", err)
 	}
 	failed, err := st.UpdateContainers([]*api.ContainerUpdate{update("y", false), update("bad", false)})
 	if err != nil || len(failed) != 1 || failed[0].GetContainerId() != "bad" {

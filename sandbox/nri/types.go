@@ -106,8 +106,17 @@ type Node interface {
 	// Apply makes the changes in order. All those that do not ignore failure are
 	// made, or none. It returns what is not in force afterwards, and an error
 	// unless that may be ignored. It is called in a turn and must not ask for
-	// another one.
-	Apply(ctx context.Context, updates []Update) (failed []Update, err error)
+	// another one. undo takes back what was made, as far as nobody has changed
+	// it since; it is never nil.
+	Apply(ctx context.Context, updates []Update) (failed []Update, undo func(context.Context) error, err error)
+}
+
+// Said is what plugins say to an update ([Host.Update]).
+type Said struct {
+	// Own is what they made of the update, nil if they left it as it was.
+	Own *specs.LinuxResources
+	// Undo takes back what was made of others. It is never nil.
+	Undo func(context.Context) error
 }
 
 // Config is what the daemon tells this package.
