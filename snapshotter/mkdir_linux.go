@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -14,8 +15,8 @@ import (
 // MakeDir makes a directory in a writable snapshot that is not mounted yet, with
 // those above it that are missing, owned by root and with mode 0755. root is the
 // snapshot's tree as OpenRoot has opened it; mounts are the same as there. Links
-// in name are followed with root as the root directory. What is there already, of
-// whatever kind, stays as it is.
+// in name are followed with root as the root directory, also to where there is
+// nothing yet. What is there already, of whatever kind, stays as it is.
 //
 // Nothing has to be mounted for it: the directories are made where the kernel
 // will find them, in the writable layer of an overlay. Those above that are in a lower layer
@@ -57,13 +58,44 @@ func MakeDir(mounts []Mount, root *os.File, name string) error {
 	return nil
 }
 
+// maxLinks is how many links that lead nowhere are followed on one path.
+const maxLinks = 40
+
 // deepest resolves the part of a path that exists, and returns it without links
 // and relative to root, and the names that are missing below it: none if all of
-// it exists.
+// it exists. A link that leads nowhere is followed to where it leads, like that of
+// an image whose volume replaces a directory: a name in its place would hide it.
 func deepest(root *os.File, name string) (have string, missing []string, err error) {
-	names := strings.Split(strings.Trim(filepath.Clean("/"+name), "/"), "/")
+	path := filepath.Clean("/" + name)
+	for range maxLinks {
+		if have, missing, err = existing(root, path); err != nil || len(missing) == 0 {
+			return have, nil, err
+		}
+		to, err := readlinkAt(root, filepath.Join(have, missing[0]))
+		below := "/" + strings.Join(missing[1:], "/")
+		switch {
+		case err != nil:
+			return "", nil, err
+		case filepath.IsAbs(to):
+			path = to + below
+		case to != "":
+			path = have + "/" + to + below
+		case slices.ContainsFunc(missing, func(n string) bool { return n == "" || n == "." || n == ".." }):
+			path = filepath.Join(have, missing[0]+below) // of what is missing nothing is a link
+		default:
+			return have, missing, nil
+		}
+	}
+	return "", nil, unix.ELOOP
+}
+
+// existing splits a path into what exists of it, without links, and the rest. The
+// names in it are as they stand, with "..": the kernel knows what that means behind
+// a link.
+func existing(root *os.File, path string) (have string, missing []string, err error) {
+	names := strings.Split(strings.Trim(path, "/"), "/")
 	for n := len(names); ; n-- {
-		have, err = resolveDir(root, filepath.Join(names[:n]...))
+		have, err = resolveDir(root, strings.Join(names[:n], "/"))
 		switch {
 		case err == nil:
 			return have, names[n:], nil
@@ -73,6 +105,17 @@ func deepest(root *os.File, name string) (have string, missing []string, err err
 			return "", nil, err
 		}
 	}
+}
+
+// readlinkAt reads a link whose directory has none on its way; "" if it is not
+// there.
+func readlinkAt(root *os.File, path string) (string, error) {
+	buf := make([]byte, unix.PathMax)
+	n, err := unix.Readlinkat(int(root.Fd()), path, buf)
+	if errors.Is(err, unix.ENOENT) {
+		return "", nil
+	}
+	return string(buf[:max(n, 0)]), err
 }
 
 // resolveDir returns the path of a directory without links, relative to root.
