@@ -57,6 +57,7 @@ func (s *Service) teardown(ctx context.Context, o *op, id string) error {
 			return err
 		}},
 		{"init", func(ctx context.Context) error { return s.destroyInit(ctx, p) }},
+		{"note", func(context.Context) error { return s.noteStop(p) }},
 		{"network", func(ctx context.Context) error { return s.detach(ctx, p) }},
 	})
 	if err = errors.Join(unmarked, err); err != nil {

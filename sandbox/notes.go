@@ -12,8 +12,9 @@ import (
 
 // A note is a copy of a row beside the effects of its object, in the run
 // directory. It is written when the object has become usable, and for a pod again
-// when it gets an init, and read only if the row is lost: it is not a second
-// truth but a message to whoever has to start again without the first one.
+// when it gets an init and when it is stopped, and read only if the row is lost: it
+// is not a second truth but a message to whoever has to start again without the
+// first one.
 
 const noteFile = "note.json"
 
@@ -23,8 +24,29 @@ func (s *Service) writePodNote(id string) error {
 		return ErrNotFound
 	}
 	r := p.podRow
-	r.State = StateReady
+	if r.State == StateCreating {
+		r.State = StateReady
+	}
 	return writeNote(s.podDir(id), r)
+}
+
+// noteStop has the note of a pod say that it is being stopped, which nothing else
+// shows of a pod with the host's namespaces. Without a note a lost row makes a pod
+// be swept, which is better than that it comes back as ready.
+func (s *Service) noteStop(p *pod) error {
+	if p.State == StateCreating {
+		return nil
+	}
+	r := p.podRow
+	r.State, r.Stopping = StateNotReady, true
+	err := writeNote(s.podDir(p.ID), r)
+	if err == nil {
+		return nil
+	}
+	if e := os.Remove(filepath.Join(s.podDir(p.ID), noteFile)); e != nil && !errors.Is(e, os.ErrNotExist) {
+		return errors.Join(err, e)
+	}
+	return nil
 }
 
 func writeNote(dir string, row any) error {

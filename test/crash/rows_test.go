@@ -54,6 +54,14 @@ func TestRowsLost(t *testing.T) {
 	orphan := r.launch(podC, cfgC, "orphan", "sleep", "300")
 	_, err := r.client.WaitExited(r.ctx, ended)
 	r.must(err)
+	// Of a pod with the host's namespaces there is nothing that is gone when it is stopped.
+	cfgD := r.podConfig("d")
+	host := runtime.NamespaceMode_NODE
+	cfgD.Hostname, cfgD.Linux.SecurityContext = "", &runtime.LinuxSandboxSecurityContext{NamespaceOptions: &runtime.NamespaceOption{Network: host, Ipc: host, Pid: host}}
+	podD, err := r.client.Run(r.ctx, cfgD)
+	r.must(err)
+	_, err = r.client.StopPodSandbox(r.ctx, &runtime.StopPodSandboxRequest{PodSandboxId: podD})
+	r.must(err)
 	r.must(r.Kill())
 	wrongType := func(row map[string]any) { row["State"] = 7 }
 	r.edit("containers", unreadable, wrongType)
@@ -62,6 +70,7 @@ func TestRowsLost(t *testing.T) {
 	r.edit("pods", podA, wrongType)
 	r.edit("snapshots", layer, func(row map[string]any) { row["Kind"] = "?" })
 	r.edit("pods", podC, wrongType)
+	r.edit("pods", podD, wrongType)
 	r.must(os.Remove(filepath.Join(r.RunDir, "pods", podC, "note.json")))
 	r.must(r.Start(r.ctx))
 
@@ -80,6 +89,9 @@ func TestRowsLost(t *testing.T) {
 	r.must(err)
 	if p.Status.State != ready || p.Status.GetNetwork().GetIp() == "" {
 		t.Errorf("pod: %v", p.Status)
+	}
+	if p, err = r.client.PodSandboxStatus(r.ctx, &runtime.PodSandboxStatusRequest{PodSandboxId: podD}); err != nil || p.Status.State == ready {
+		t.Errorf("pod that was stopped: %v, %v", p.GetStatus(), err)
 	}
 	more := r.launch(podA, cfgA, "more", "sleep", "300")
 	if st := r.state(more); st.State != running {
