@@ -66,8 +66,8 @@ type config struct {
 
 // runtimeConfig is one OCI runtime, the table [runtimes.<handler>].
 type runtimeConfig struct {
-	Path, Root, CgroupDriver             string
-	PodAnnotations, ContainerAnnotations []string
+	Path, Root, CgroupDriver, Snapshotter string
+	PodAnnotations, ContainerAnnotations  []string
 }
 
 // Limits that have a reason outside of this file.
@@ -212,6 +212,8 @@ func (r *runtimeConfig) fields(handler string) []*field {
 			`Directory of the runtime's own state. "" means oci/`+handler+` in run_dir.`).optional(),
 		text(&r.CgroupDriver, "cgroup_driver", "", checkDriver,
 			`Who makes the cgroups of this handler's pods, "systemd" or "cgroupfs". "" means what cgroup_driver says for the node. The kubelet is told that one only, and a pod whose cgroup_parent is in the form of the other driver is refused.`).limited("systemd, cgroupfs"),
+		text(&r.Snapshotter, "snapshotter", snapshotters[0], checkSnapshotter,
+			`What makes the file systems of this handler's containers from the layers of images. There is one, "overlay"; with a handler that asks for another one berthd does not start.`).limited(strings.Join(snapshotters, ", ")),
 		list(&r.PodAnnotations, "pod_annotations", nil, checkAnnotation,
 			`Annotations of a pod that the runtime is told about it: patterns of keys such as "dev.gvisor.*", in which * stands for anything but a slash. Others it is not told: it may let an annotation change what a pod is allowed (runc obeys org.systemd.property.*, crun run.oci.*), so list no more than the users of the cluster may decide.`).limited("patterns"),
 		list(&r.ContainerAnnotations, "container_annotations", nil, checkAnnotation,
@@ -324,6 +326,16 @@ func checkHandler(s string) error {
 func checkDriver(s string) error {
 	if s != "" && s != "systemd" && s != "cgroupfs" {
 		return fmt.Errorf("want systemd, cgroupfs or nothing")
+	}
+	return nil
+}
+
+// snapshotters are those that there are, the default first.
+var snapshotters = []string{"overlay"}
+
+func checkSnapshotter(s string) error {
+	if !slices.Contains(snapshotters, s) {
+		return fmt.Errorf("no such snapshotter, want one of: %s", strings.Join(snapshotters, ", "))
 	}
 	return nil
 }

@@ -77,6 +77,9 @@ func TestConfigErrors(t *testing.T) {
 		"annotation":                 {"[runtimes.runc]\npod_annotations = [\"a.*\", \"b[\"]\n", 2, "runtimes.runc.pod_annotations: entry 1: \"b[\": want the key of an annotation"},
 		"empty annotation":           {"[runtimes.runc]\ncontainer_annotations = [\"\"]\n", 2, "runtimes.runc.container_annotations: entry 0: \"\": want the key of an annotation"},
 		"driver of a runtime":        {"[runtimes.runc]\ncgroup_driver = \"auto\"\n", 2, "runtimes.runc.cgroup_driver: \"auto\": want systemd, cgroupfs or nothing"},
+		"snapshotter":                {"[runtimes.kata]\npath = \"/a\"\nsnapshotter = \"devmapper\"\n", 3, "runtimes.kata.snapshotter: \"devmapper\": no such snapshotter, want one of: overlay"},
+		"empty snapshotter":          {"[runtimes.runc]\nsnapshotter = \"\"\n", 2, "runtimes.runc.snapshotter: \"\": no such snapshotter, want one of: overlay"},
+		"snapshotter of the node":    {"snapshotter = \"overlay\"\n", 1, "snapshotter: unknown key"},
 		"syntax":                     {"log_level = 1\nstate_dir /a\n", 2, ""},
 		"duplicate key":              {"log_level = 1\nlog_level = 2\n", 2, ""},
 		"default runtime":            {"\n\ndefault_runtime = \"crun\"\n", 3, "default_runtime = \"crun\": there is no table [runtimes.crun], only runc"},
@@ -109,6 +112,7 @@ pinned_images = ["a", "b/*"]
 default_runtime = "crun"
 [runtimes.crun]
 path = "/usr/bin/crun"
+snapshotter = "overlay"
 `,
 		"berth.toml.d/20-b.toml":        "log_level = 6\npinned_images = [\"c\"]\n",
 		"berth.toml.d/10-a.toml":        "log_level = 5\nrun_dir = \"/run/x\"\n[runtimes.runc]\npath = \"runc-1.3\"\n",
@@ -127,6 +131,7 @@ path = "/usr/bin/crun"
 		{"the last drop-in counts", fmt.Sprint(c.LogLevel), "6"},
 		{"lists are replaced", fmt.Sprint(c.PinnedImages), "[c]"},
 		{"tables are merged", c.Runtimes["crun"].Path + " " + c.Runtimes["runc"].Path, "/usr/bin/crun runc-1.3"},
+		{"snapshotters", c.Runtimes["crun"].Snapshotter + " " + c.Runtimes["runc"].Snapshotter, "overlay overlay"},
 		{"size", fmt.Sprint(c.ExecOutputLimit, c.MaxLayerBytes), "1048576 1048576"},
 		{"duration", c.PodTimeout.String(), "1m30s"},
 		{"untouched default", c.PullTimeout.String(), time.Hour.String()},
