@@ -80,7 +80,7 @@ func parse() *options {
 	flag.DurationVar(&o.idle, "idle", 10*time.Second, "density: how long idle processes are watched")
 	flag.IntVar(&o.calls, "calls", 100, "density, scale: calls of each kind")
 	flag.IntVar(&o.execs, "execs", 60, "exec: commands, one after the other and then again in parallel")
-	flag.IntVar(&o.logMiB, "log-mib", 256, "logs: MiB that a container prints")
+	flag.IntVar(&o.logMiB, "log-mib", 512, "logs: MiB that a container prints")
 	flag.IntVar(&o.line, "line", 100, "logs: bytes of a line")
 	flag.StringVar(&o.image, "image", "", "image with a shell; \"\" is a busybox that is served here")
 	flag.BoolVar(&o.hostNetwork, "host-network", false, "pods have the host's network")
