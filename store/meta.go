@@ -2,7 +2,6 @@ package store
 
 import (
 	"errors"
-	"fmt"
 	"strconv"
 )
 
@@ -61,15 +60,9 @@ func (s *Store) ClearRebuilt() error { return s.SetMeta(MetaRebuilt, "") }
 // checkSchema refuses a book that this version cannot know. An unreadable mark
 // is written anew: every row still says its own version.
 func (s *Store) checkSchema() error {
-	v, err := s.Meta(MetaSchema)
-	if err != nil && !errors.Is(err, ErrCorrupt) {
-		return fmt.Errorf("meta: %w", err)
-	}
-	if n, err := strconv.ParseUint(v, 10, 32); err == nil {
-		if n > schema {
-			return fmt.Errorf("schema %d, known up to %d: %w", n, schema, ErrNewer)
-		}
-		return nil
+	said, err := s.schemaKnown()
+	if said || err != nil {
+		return err
 	}
 	return s.SetMeta(MetaSchema, strconv.Itoa(schema))
 }

@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"strings"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -58,12 +57,12 @@ func open(path string) (*Store, error) {
 	if err := create(path, nil); err != nil {
 		return nil, err
 	}
-	db, err := openDB(path)
+	db, err := openDB(path, false)
 	if err != nil {
 		return nil, err
 	}
 	s := &Store{path: path, db: db}
-	if err := s.check(); err != nil {
+	if err := s.check(false); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
 	_ = db.View(func(tx *bbolt.Tx) error {
@@ -78,7 +77,7 @@ func open(path string) (*Store, error) {
 }
 
 // openDB opens an existing file with bbolt, which panics on some damage.
-func openDB(path string) (db *bbolt.DB, err error) {
+func openDB(path string, readOnly bool) (db *bbolt.DB, err error) {
 	var file *os.File
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
@@ -92,6 +91,8 @@ func openDB(path string) (db *bbolt.DB, err error) {
 	}()
 	db, err = bbolt.Open(path, 0o600, &bbolt.Options{
 		Timeout:         lockTimeout,
+		ReadOnly:        readOnly,
+		PreLoadFreelist: true, // also to read: check looks at it
 		InitialMmapSize: mapSize,
 		NoStatistics:    true,
 		OpenFile: func(name string, flag int, perm os.FileMode) (*os.File, error) {
@@ -132,38 +133,6 @@ func sameFile(db *bbolt.DB, file *os.File, path string) error {
 func isShort(path string) bool {
 	fi, err := os.Stat(path)
 	return err == nil && fi.Size() < 4*int64(os.Getpagesize())
-}
-
-// check reads every page, so that damage is met here and not later in the
-// middle of an operation. Reading a truncated file faults, and bbolt panics on
-// pages that contradict each other; both become ErrCorrupt.
-func (s *Store) check() (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("%w: %v", ErrCorrupt, p)
-		}
-	}()
-	return s.db.View(func(tx *bbolt.Tx) error {
-		// bbolt's own check runs on a goroutine of its own, where a fault
-		// cannot be caught, and trusts the sizes of pages: so these two first.
-		if err := checkPages(tx); err != nil {
-			return err
-		}
-		if err := tx.ForEach(walkBucket); err != nil {
-			return err
-		}
-		var problems []string
-		for err := range tx.Check() {
-			if len(problems) < 3 {
-				problems = append(problems, err.Error())
-			}
-		}
-		if len(problems) > 0 {
-			return fmt.Errorf("%w: %s", ErrCorrupt, strings.Join(problems, "; "))
-		}
-		return nil
-	})
 }
 
 // checkPages makes sure that no page claims to reach beyond the last one.
@@ -288,6 +257,9 @@ func syncDir(dir string) error {
 // the end of what is allocated. On a full disk it fails, and nothing is lost:
 // it is tried again after the next commit, and there is headroom until then.
 func (s *Store) reserve() {
+	if s.db.IsReadOnly() {
+		return
+	}
 	var used int64
 	if err := s.db.View(func(tx *bbolt.Tx) error { used = tx.Size(); return nil }); err != nil {
 		return

@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -67,6 +70,44 @@ func (s *Store) ForgetQuarantined() error {
 // ForgetTable drops the quarantined rows of one table, when what they were about
 // is gone or is known again.
 func (s *Store) ForgetTable(table string) error {
+	return s.forget(func(q Quarantine) bool { return q.Table == table })
+}
+
+// ForgetWithCopy drops entries of the quarantine after it has written them, with the
+// bytes as they were found, to a new file with mode 0600: one line of JSON each. It
+// returns how many; with none to drop no file is made.
+func (s *Store) ForgetWithCopy(path string, which func(Quarantine) bool) (n int, err error) {
+	var lines []byte
+	begun, wanted := time.Now(), which
+	which = func(q Quarantine) bool { return !q.At.After(begun) && wanted(q) } // what comes later has no copy
+	err = s.View(func(tx *Tx) error {
+		b := tx.tx.Bucket(quarantineBucket)
+		if b == nil {
+			return nil
+		}
+		return b.ForEach(func(_, v []byte) error {
+			var q quarantined
+			if json.Unmarshal(v, &q) == nil && which(q.Quarantine) {
+				lines, n = append(append(lines, v...), '\n'), n+1
+			}
+			return nil
+		})
+	})
+	if err != nil || n == 0 {
+		return 0, err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return 0, fmt.Errorf("quarantine: copy: %w", err)
+	}
+	_, err = f.Write(lines)
+	if err := errors.Join(err, f.Sync(), f.Close(), syncDir(filepath.Dir(path))); err != nil {
+		return 0, fmt.Errorf("quarantine: copy: %w", err)
+	}
+	return n, s.forget(which)
+}
+
+func (s *Store) forget(which func(Quarantine) bool) error {
 	return s.Update(func(tx *Tx) error {
 		b := tx.tx.Bucket(quarantineBucket)
 		if b == nil {
@@ -76,7 +117,7 @@ func (s *Store) ForgetTable(table string) error {
 		c := b.Cursor()
 		for k, v := c.First(); k != nil; k, v = c.Next() {
 			var q quarantined
-			if json.Unmarshal(v, &q) == nil && q.Table == table {
+			if json.Unmarshal(v, &q) == nil && which(q.Quarantine) {
 				keys = append(keys, bytes.Clone(k))
 			}
 		}
@@ -88,7 +129,7 @@ func (s *Store) ForgetTable(table string) error {
 		tx.OnCommit(func() {
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			s.quarantined = slices.DeleteFunc(slices.Clone(s.quarantined), func(q Quarantine) bool { return q.Table == table })
+			s.quarantined = slices.DeleteFunc(slices.Clone(s.quarantined), which)
 		})
 		return nil
 	})

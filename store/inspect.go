@@ -1,0 +1,102 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"strconv"
+	"strings"
+
+	"go.etcd.io/bbolt"
+)
+
+// Inspect opens a book that exists to look at it, and changes nothing: a file that
+// Open would set aside gives ErrCorrupt, and rows that cannot be read stay where
+// they are, listed by Quarantined. While it is open no berthd can start on the
+// book, and Inspect waits for one that runs as Open does. os.ErrNotExist if there
+// is no book.
+func Inspect(path string) (*Store, error) {
+	db, err := openDB(path, true)
+	if err != nil {
+		return nil, fmt.Errorf("book %s: %w", path, err)
+	}
+	s := &Store{path: path, db: db}
+	err = s.check(false)
+	if err == nil {
+		_ = db.View(func(tx *bbolt.Tx) error {
+			s.loadQuarantined(tx)
+			return nil
+		})
+		_, err = s.schemaKnown()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("book %s: %w", path, errors.Join(err, db.Close()))
+	}
+	return s, nil
+}
+
+// Path is the file.
+func (s *Store) Path() string { return s.path }
+
+// Check compares the pages of the book with each other, as Open does, and returns
+// ErrCorrupt with what it found. No commit is made meanwhile.
+func (s *Store) Check() error {
+	if err := s.check(!s.db.IsReadOnly()); err != nil {
+		return fmt.Errorf("book %s: %w", s.path, err)
+	}
+	return nil
+}
+
+// check reads every page, so that damage is met here and not later in the
+// middle of an operation. Reading a truncated file faults, and bbolt panics on
+// pages that contradict each other; both become ErrCorrupt. bbolt's check needs the
+// list of free pages to stand still, which is for a writer to see to unless nobody
+// else has the book yet.
+func (s *Store) check(asWriter bool) (err error) {
+	tx, err := s.db.Begin(asWriter)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // its only error is that the transaction has ended
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%w: %v", ErrCorrupt, p)
+		}
+	}()
+	// bbolt's own check runs on a goroutine of its own, where a fault
+	// cannot be caught, and trusts the sizes of pages: so these two first.
+	if err := checkPages(tx); err != nil {
+		return err
+	}
+	if err := tx.ForEach(walkBucket); err != nil {
+		return err
+	}
+	var problems []string
+	for err := range tx.Check() {
+		if len(problems) < 3 {
+			problems = append(problems, err.Error())
+		}
+	}
+	if len(problems) > 0 {
+		return fmt.Errorf("%w: %s", ErrCorrupt, strings.Join(problems, "; "))
+	}
+	return nil
+}
+
+// schemaKnown tells whether the book says the version of its layout, with ErrNewer
+// for one that this program does not know. An unreadable mark says none.
+func (s *Store) schemaKnown() (said bool, err error) {
+	v, err := s.Meta(MetaSchema)
+	if err != nil && !errors.Is(err, ErrCorrupt) {
+		return false, fmt.Errorf("meta: %w", err)
+	}
+	n, err := strconv.ParseUint(v, 10, 32)
+	if err != nil {
+		return false, nil
+	}
+	if n > schema {
+		return true, fmt.Errorf("schema %d, known up to %d: %w", n, schema, ErrNewer)
+	}
+	return true, nil
+}
