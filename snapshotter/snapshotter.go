@@ -175,6 +175,9 @@ type Snapshotter interface {
 // is, that Stat finds it; what it is on is the Snapshotter's to know.
 type Cleaner interface {
 	Cleanup(ctx context.Context) error
+	// Leaked returns the absolute paths of what Cleanup would remove now, what is
+	// being made or removed by somebody left out.
+	Leaked(ctx context.Context) ([]string, error)
 	// Lost tells whether records of snapshots were lost and a Cleanup, when
 	// nothing is on them any more, has not made up for that yet.
 	Lost() bool

@@ -91,6 +91,9 @@ type Snapshotter struct {
 	// Held for reading from making a directory until its row is committed, and
 	// for writing while Cleanup compares the two.
 	making sync.RWMutex
+	// removing are directories whose rows are gone, or going, and that somebody is
+	// about to remove.
+	removing sync.Map
 
 	onLeft atomic.Pointer[func()]
 }
@@ -270,6 +273,27 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 		return fmt.Errorf("overlay: cleanup: %w", err)
 	}
 	return nil
+}
+
+// Leaked implements snapshotter.Cleaner.
+func (s *Snapshotter) Leaked(context.Context) ([]string, error) {
+	leaked, err := s.leaked()
+	if errors.Is(err, errIncomplete) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("overlay: leaked: %w", err)
+	}
+	var paths []string
+	for _, dir := range leaked {
+		if _, going := s.removing.Load(dir); going {
+			continue
+		}
+		if _, err := os.Lstat(s.path(dir)); err == nil { // it may have gone just now
+			paths = append(paths, s.path(dir))
+		}
+	}
+	return paths, nil
 }
 
 // dropChildren removes what is said of children whose rows were lost.

@@ -185,8 +185,15 @@ func TestCleanupAfterCrash(t *testing.T) {
 	st.Close()
 
 	s = mustNew(t, dir+"/root", mustBook(t, dir+"/book.db"))
+	leaked, err := s.Leaked(ctx)
+	if err != nil || len(leaked) < 3 || !slices.Contains(leaked, s.path("layers/77")) || slices.Contains(leaked, s.path("layers/1")) {
+		t.Errorf("leaked: %q, %v", leaked, err)
+	}
 	if err := s.Cleanup(ctx); err != nil {
 		t.Fatal(err)
+	}
+	if leaked, err := s.Leaked(ctx); err != nil || len(leaked) != 0 {
+		t.Errorf("leaked after the sweep: %q, %v", leaked, err)
 	}
 	if got, want := mustDirs(t, s), []string{"layers/1", "snapshots/2"}; !slices.Equal(got, want) {
 		t.Errorf("directories %q, want %q", got, want)
@@ -204,6 +211,13 @@ func TestWhatRemoveLeavesIsTold(t *testing.T) {
 	s.OnLeft(func() { told.Add(1) })
 	if err := s.Remove(ctx, "busy"); err != nil || told.Load() != 1 {
 		t.Errorf("removal of a tree with a mount in it: %v, told %d times, want once", err, told.Load())
+	}
+	if leaked, err := s.Leaked(ctx); err != nil || !slices.Equal(leaked, []string{s.path("layers/1")}) {
+		t.Errorf("leaked: %q, %v", leaked, err)
+	}
+	s.removing.Store("layers/1", true) // as while somebody is removing it
+	if leaked, err := s.Leaked(ctx); err != nil || len(leaked) != 0 {
+		t.Errorf("leaked while it is removed: %q, %v", leaked, err)
 	}
 	if err := errors.Join(unix.Unmount(dir, 0), s.Cleanup(ctx)); err != nil {
 		t.Fatal(err)

@@ -19,10 +19,14 @@ func (s *Snapshotter) Replace(ctx context.Context, name, key string, opts ...sna
 	}
 	var unused string // directory that nobody shows any more
 	err = s.book.Update(func(tx *store.Tx) (err error) {
-		unused, err = replace(tx, name, key, *info.Usage)
+		if unused, err = replace(tx, name, key, *info.Usage); unused != "" {
+			s.removing.Store(unused, true)
+		}
 		return err
 	})
-	if err == nil && unused != "" {
+	if err != nil {
+		s.removing.Delete(unused)
+	} else if unused != "" {
 		s.removeDirs(ctx, []string{unused})
 	}
 	return err

@@ -245,10 +245,13 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	var dir string
 	err := s.record(ctx, "remove", func(tx *store.Tx) (err error) {
-		dir, err = s.removeRow(tx, key)
+		if dir, err = s.removeRow(tx, key); err == nil {
+			s.removing.Store(dir, true)
+		}
 		return err
 	})
 	if err != nil {
+		s.removing.Delete(dir)
 		return err
 	}
 	s.removeDirs(ctx, []string{dir})
@@ -291,12 +294,16 @@ func (s *Snapshotter) RemoveAll(ctx context.Context, keys []string) (removed []s
 				return err
 			default:
 				dirs = append(dirs, dir)
+				s.removing.Store(dir, true)
 			}
 			removed = append(removed, key)
 		}
 		return nil
 	})
 	if err != nil {
+		for _, dir := range dirs {
+			s.removing.Delete(dir)
+		}
 		return nil, err
 	}
 	s.removeDirs(ctx, dirs)
@@ -325,6 +332,7 @@ func (s *Snapshotter) removeDirs(ctx context.Context, dirs []string) {
 					(*f)()
 				}
 			}
+			s.removing.Delete(dir)
 			<-slots
 		})
 	}
