@@ -100,6 +100,9 @@ type Config struct {
 	// FallbackDataDir is where the fallback's address allocations are kept.
 	// Required with FallbackSubnet.
 	FallbackDataDir string
+	// Observe is for a look at what an earlier daemon has left, by a process that
+	// is none: New neither ends plugins nor removes unfinished records.
+	Observe bool
 }
 
 // Network attaches pods. Its methods may be called from several goroutines.
@@ -132,11 +135,13 @@ func New(cfg Config) (*Network, error) {
 			return nil, fmt.Errorf("cni: fallback network: %w", err)
 		}
 	}
-	recs, err := openRecords(filepath.Join(cfg.CacheDir, "attachments"))
+	recs, err := openRecords(filepath.Join(cfg.CacheDir, "attachments"), !cfg.Observe)
 	if err != nil {
 		return nil, fmt.Errorf("cni: %w", err)
 	}
-	killOrphans(cfg.CacheDir)
+	if !cfg.Observe {
+		killOrphans(cfg.CacheDir)
+	}
 	run := &runner{mark: cfg.CacheDir}
 	n := &Network{
 		cfg:      cfg,

@@ -61,10 +61,14 @@ const (
 	tmpSuffix    = ".tmp"
 )
 
-// openRecords makes the directory and removes files that a crash left unfinished.
-func openRecords(dir string) (records, error) {
+// openRecords makes the directory and, with tidy, removes files that a crash left
+// unfinished.
+func openRecords(dir string, tidy bool) (records, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return records{}, fmt.Errorf("records: %w", err)
+	}
+	if !tidy {
+		return records{dir: dir}, nil
 	}
 	tmp, err := filepath.Glob(filepath.Join(dir, "*"+tmpSuffix))
 	if err != nil {
