@@ -73,6 +73,9 @@ type Config struct {
 	CDISpecDirs []string
 	// BootID identifies this boot of the machine; "" reads it from the kernel.
 	BootID string
+	// Observe is for a look at what an earlier daemon has left, by a process that
+	// is none: New reads the book, takes charge of nothing and changes nothing.
+	Observe bool
 }
 
 // Images is what this package needs of the images of the node.
@@ -88,6 +91,7 @@ type Network interface {
 	Detach(ctx context.Context, pod cni.Pod) error
 	GC(ctx context.Context, keep []cni.Pod) error
 	Attachments() ([]string, error)
+	Traces(ctx context.Context) ([]cni.Trace, error)
 }
 
 // Deps are the parts that a Service stands on. It owns none of them.

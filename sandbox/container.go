@@ -109,7 +109,7 @@ func (s *Service) planContainer(ctx context.Context, p *pod, cfg *runtime.Contai
 	if err != nil || len(raw) > maxConfig {
 		return nil, fmt.Errorf("%w: config: %d bytes, limit %d: %w", ErrInvalid, len(raw), maxConfig, err)
 	}
-	id := newID()
+	id := s.ids.newID()
 	oci, err := cgroup.OCIPath(rt.driver, p.config.GetLinux().GetCgroupParent(), id)
 	if err != nil {
 		return nil, invalid("", err)

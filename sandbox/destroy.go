@@ -301,9 +301,8 @@ func (s *Service) endProcesses(ctx context.Context, rt ociRuntime, id string, sh
 		if procs, e := group.Procs(); e == nil && len(procs) > 0 {
 			return err
 		}
-		klog.FromContext(ctx).Info("Runtime state removed by hand", "id", id, "err", err)
-		if err := os.RemoveAll(filepath.Join(rt.root, id)); err != nil {
-			return fmt.Errorf("runtime state: %w", err)
+		if err := rt.forget(ctx, id, err); err != nil {
+			return err
 		}
 	}
 	if err := group.Remove(); err != nil {

@@ -249,19 +249,18 @@ func (s *Service) initEnded(id string, e shim.Exit) error {
 // of a pod can reach a file of the node through /proc/1/exe, and named by
 // content, so that an upgrade does not change what runs.
 func installInit(dir, binary string) (string, error) {
+	root, err := initDirOf(dir, binary)
+	if err != nil {
+		return "", err
+	}
+	if _, err := os.Stat(root); err == nil {
+		return root, nil
+	}
 	src, err := os.Open(binary)
 	if err != nil {
 		return "", fmt.Errorf("init: %w", err)
 	}
 	defer src.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, src); err != nil {
-		return "", fmt.Errorf("init: %w", err)
-	}
-	root := filepath.Join(dir, hex.EncodeToString(h.Sum(nil)[:8]))
-	if _, err := os.Stat(root); err == nil {
-		return root, nil
-	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", fmt.Errorf("init: %w", err)
 	}
@@ -279,6 +278,20 @@ func installInit(dir, binary string) (string, error) {
 	return root, nil
 }
 
+// initDirOf is where installInit puts a binary.
+func initDirOf(dir, binary string) (string, error) {
+	src, err := os.Open(binary)
+	if err != nil {
+		return "", fmt.Errorf("init: %w", err)
+	}
+	defer src.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, src); err != nil {
+		return "", fmt.Errorf("init: %w", err)
+	}
+	return filepath.Join(dir, hex.EncodeToString(h.Sum(nil)[:8])), nil
+}
+
 func fillInit(root string, src *os.File) error {
 	if err := os.Chmod(root, 0o755); err != nil {
 		return err
@@ -287,9 +300,6 @@ func fillInit(root string, src *os.File) error {
 		if err := os.Mkdir(filepath.Join(root, d), 0o755); err != nil {
 			return err
 		}
-	}
-	if _, err := src.Seek(0, io.SeekStart); err != nil {
-		return err
 	}
 	dst, err := os.OpenFile(filepath.Join(root, "berth-init"), os.O_CREATE|os.O_WRONLY|os.O_EXCL, 0o755)
 	if err != nil {

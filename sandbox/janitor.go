@@ -7,7 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -15,7 +15,6 @@ import (
 
 	"github.com/berthd/berth/cni"
 	"github.com/berthd/berth/sandbox/cgroup"
-	"github.com/berthd/berth/shim"
 	"github.com/berthd/berth/snapshotter"
 )
 
@@ -70,6 +69,7 @@ func (s *Service) due(id string, removing bool) bool {
 func (s *Service) janitor(ctx context.Context) {
 	log := klog.FromContext(ctx)
 	swept := false
+	var first sync.Once
 	pause := janitorFirst
 	for {
 		left := s.finish(ctx)
@@ -89,6 +89,7 @@ func (s *Service) janitor(ctx context.Context) {
 			} else {
 				swept = true
 			}
+			first.Do(func() { close(s.swept) })
 		}
 		if !left {
 			pause = janitorFirst
@@ -195,78 +196,32 @@ func (s *Service) forgetRebuild() {
 	}
 }
 
-// sweep removes what is there and is not in the book: set differences, one for
-// each kind of effect.
+// sweep removes what is there and is not in the book, has the network plugins do so,
+// and removes what else nobody needs.
 func (s *Service) sweep(ctx context.Context) error {
-	known := func(id string) bool {
-		v := s.book.view()
-		return v.pods[id] != nil || v.containers[id] != nil
-	}
-	var errs []error
-	gone := func(kind, id string, undo func(context.Context) error) {
-		if !validID(id) || known(id) {
-			return
+	s.sweepMu.Lock()
+	defer s.sweepMu.Unlock()
+	found, err := s.leftovers(ctx)
+	errs := []error{err}
+	network, cancel := context.WithTimeout(ctx, sweepNetworkLimit)
+	defer cancel()
+	for _, f := range found {
+		klog.FromContext(ctx).Info("Sweeping what nobody owns", "kind", f.Kind, "id", f.ID, "what", f.What)
+		of := ctx
+		if f.Kind == kindAttachment {
+			of = network
 		}
-		klog.FromContext(ctx).Info("Sweeping what nobody owns", "kind", kind, "id", id)
-		ctx, cancel := context.WithTimeout(ctx, sweepLimit)
-		defer cancel()
-		errs = append(errs, undo(ctx))
+		one, cancel := context.WithTimeout(of, sweepLimit)
+		errs = append(errs, f.Mend(one))
+		cancel()
 	}
-	shims, err := shim.ListShims(filepath.Join(s.cfg.RunDir, "s"))
-	errs = append(errs, err)
-	for id, pid := range shims {
-		gone("shim", id, func(ctx context.Context) error { return s.endShim(ctx, id, pid) })
+	// What is attached from here on the network keeps by itself (cni.Network.GC).
+	errs = append(errs, s.collectNetwork(network))
+	if !s.lostSnapshots() || s.layersKnown(ctx) { // else forgetRebuild will
+		errs = append(errs, s.cleanSnapshots(ctx))
 	}
-	handlers := names(filepath.Join(s.cfg.RunDir, "oci")) // also of those that left the configuration
-	for name := range s.runtimes {
-		handlers = append(handlers, name)
-	}
-	slices.Sort(handlers)
-	for _, name := range slices.Compact(handlers) {
-		rt := s.runtimeOf(name, rowRuntime{}, "")
-		for _, id := range rt.ids() {
-			if !s.ownState(rt, id) {
-				continue
-			}
-			gone("runtime state", id, func(ctx context.Context) error { return rt.delete(ctx, id) })
-		}
-	}
-	for _, id := range names(filepath.Join(s.cfg.RunDir, "s")) {
-		gone("socket", id, func(context.Context) error { return os.Remove(s.socket(id)) })
-	}
-	for _, id := range names(filepath.Join(s.cfg.RunDir, "c")) {
-		gone("bundle", id, func(context.Context) error { return s.removeBundle(id) })
-	}
-	for _, id := range names(filepath.Join(s.cfg.StateDir, "containers")) {
-		gone("container state", id, func(context.Context) error { return os.RemoveAll(s.stateDir(id)) })
-	}
-	errs = append(errs, s.sweepSnapshots(ctx, gone), s.sweepNetwork(ctx, gone))
-	for _, id := range names(filepath.Join(s.cfg.RunDir, "pods")) {
-		gone("pod files", id, func(context.Context) error { return s.removePodFiles(id) })
-	}
-	s.sweepCgroups(known)
-	errs = append(errs, s.sweepInits())
-	return errors.Join(errs...)
-}
-
-func (s *Service) sweepSnapshots(ctx context.Context, gone func(kind, id string, undo func(context.Context) error)) error {
-	if s.deps.Store.Rebuilt() {
-		return nil
-	}
-	var keys []string
-	err := s.deps.Snapshots.Walk(ctx, func(_ context.Context, i snapshotter.Info) error {
-		if i.Kind != snapshotter.KindCommitted {
-			keys = append(keys, i.Name)
-		}
-		return nil
-	})
-	for _, k := range keys {
-		gone("snapshot", snapshotOwner(k), func(ctx context.Context) error { return s.deps.Snapshots.Remove(ctx, k) })
-	}
-	if s.lostSnapshots() && !s.layersKnown(ctx) {
-		return err // forgetRebuild will
-	}
-	return errors.Join(err, s.cleanSnapshots(ctx))
+	s.sweepCgroups()
+	return errors.Join(append(errs, s.sweepInits())...)
 }
 
 // cleanSnapshots removes directories that belong to no snapshot.
@@ -277,28 +232,15 @@ func (s *Service) cleanSnapshots(ctx context.Context) error {
 	return nil
 }
 
-// sweepNetwork detaches what the network plugins hold for pods that are not in
-// the book, tells them which pods there are, and removes left-over pins after.
-func (s *Service) sweepNetwork(ctx context.Context, gone func(kind, id string, undo func(context.Context) error)) error {
-	ctx, cancel := context.WithTimeout(ctx, sweepNetworkLimit)
-	defer cancel()
-	// What is attached from here on the network keeps by itself (cni.Network.GC).
-	attached, err := s.deps.Network.Attachments()
-	for _, id := range attached {
-		gone("network attachment", id, func(ctx context.Context) error { return s.deps.Network.Detach(ctx, cni.Pod{ID: id}) })
-	}
+// collectNetwork tells the network plugins which pods there are.
+func (s *Service) collectNetwork(ctx context.Context) error {
 	var keep []cni.Pod
 	for _, p := range s.book.view().pods {
 		if p.Attached {
 			keep = append(keep, s.cniPod(p))
 		}
 	}
-	gc := s.deps.Network.GC(ctx, keep)
-	pins, e := s.deps.Pins.List()
-	for _, id := range pins {
-		gone("namespaces", id, func(context.Context) error { return s.deps.Pins.Destroy(id) })
-	}
-	return errors.Join(err, gc, e)
+	return s.deps.Network.GC(ctx, keep)
 }
 
 // ownState tells whether a runtime's state was made by this daemon. A root outside
@@ -324,6 +266,17 @@ func (s *Service) ownState(rt ociRuntime, id string) bool {
 // sweepInits removes the root file systems of inits of other versions that no pod
 // has any more, and what is left of making one.
 func (s *Service) sweepInits() error {
+	stale, err := s.staleInits()
+	errs := []error{err}
+	for _, dir := range stale {
+		errs = append(errs, os.RemoveAll(dir))
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Service) staleInits() (dirs []string, err error) {
+	dir := filepath.Dir(s.initDir)
+	all := names(dir) // before the rows: a daemon makes one for itself, and pods use it
 	used := map[string]bool{filepath.Base(s.initDir): true}
 	for _, p := range s.book.view().pods {
 		if !p.Init {
@@ -334,26 +287,26 @@ func (s *Service) sweepInits() error {
 			continue // not made yet, or not any more
 		}
 		if err != nil || sp.Root == nil {
-			return fmt.Errorf("pod %s: init of an unknown version: %w", p.ID, err)
+			return nil, fmt.Errorf("pod %s: init of an unknown version: %w", p.ID, err)
 		}
 		used[filepath.Base(sp.Root.Path)] = true
 	}
-	dir := filepath.Dir(s.initDir)
-	var errs []error
-	for _, name := range names(dir) {
+	for _, name := range all {
 		if !used[name] {
-			errs = append(errs, os.RemoveAll(filepath.Join(dir, name)))
+			dirs = append(dirs, filepath.Join(dir, name))
 		}
 	}
-	return errors.Join(errs...)
+	return dirs, nil
 }
 
-// sweepCgroups removes empty groups below berth's own parent; systemd removes its
-// scopes itself. What is not empty is not touched: another berthd, with another state directory, may own it.
-func (s *Service) sweepCgroups(known func(id string) bool) {
+// sweepCgroups removes empty groups below berth's own parent whose IDs it does not
+// recognize: those of a berthd before IDs could be; systemd removes its scopes
+// itself. What is not empty is not touched: another berthd, with another state
+// directory, may own it.
+func (s *Service) sweepCgroups() {
 	for _, dir := range s.hier.Parent(cgroup.Cgroupfs, "").Dirs() {
 		for _, id := range names(dir) {
-			if validID(id) && !known(id) {
+			if validID(id) && !s.known(id) {
 				unix.Rmdir(filepath.Join(dir, id)) // busy: not ours
 			}
 		}

@@ -20,6 +20,7 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/sandbox/cgroup"
 )
@@ -91,6 +92,16 @@ func (r ociRuntime) delete(ctx context.Context, id string) error {
 	}
 	if _, err := output(ctx, nil, bin, r.args("delete", "--force", id)...); err != nil {
 		return fmt.Errorf("runtime delete: %w", err)
+	}
+	return nil
+}
+
+// forget removes by hand the state of a container that delete could not, for the
+// reason given.
+func (r ociRuntime) forget(ctx context.Context, id string, why error) error {
+	klog.FromContext(ctx).Info("Runtime state removed by hand", "id", id, "err", why)
+	if err := os.RemoveAll(filepath.Join(r.root, id)); err != nil {
+		return fmt.Errorf("runtime state: %w", err)
 	}
 	return nil
 }

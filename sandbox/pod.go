@@ -97,7 +97,7 @@ func (s *Service) planPod(ctx context.Context, cfg *runtime.PodSandboxConfig, ha
 		plan.kinds = append(plan.kinds, netns.IPC)
 	}
 	plan.config = cfg
-	plan.row = podRow{ID: newID(), State: StateCreating, Handler: handler, OCI: rt.row(), Config: raw,
+	plan.row = podRow{ID: s.ids.newID(), State: StateCreating, Handler: handler, OCI: rt.row(), Config: raw,
 		BootID: s.cfg.BootID, HostNetwork: hostNet}
 	return plan, nil
 }

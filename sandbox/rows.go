@@ -1,8 +1,6 @@
 package sandbox
 
 import (
-	"crypto/rand"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"time"
@@ -156,14 +154,6 @@ func decodeContainer(r containerRow) (*container, error) {
 		}
 	}
 	return c, nil
-}
-
-// newID returns 64 hex digits, the form that log collectors expect in the names
-// of log files.
-func newID() string {
-	var b [32]byte
-	rand.Read(b[:]) // never fails (crypto/rand, Go 1.24)
-	return hex.EncodeToString(b[:])
 }
 
 // validID tells whether s can be an ID made by newID, and so a file name.

@@ -23,6 +23,7 @@ type Service struct {
 	cfg      Config
 	deps     Deps
 	book     *book
+	ids      idKey
 	ops      *ops
 	live     *live
 	runtimes map[string]ociRuntime
@@ -42,10 +43,13 @@ type Service struct {
 	bg     sync.WaitGroup
 	wake   chan struct{} // the janitor has something to do
 
-	missed  sync.Map    // IDs of containers that ended while no daemon ran
-	undo    sync.Map    // IDs of objects whose destroy failed
-	resweep atomic.Bool // a shim was killed in the middle of its work
-	updates turns       // by ID: updates of one container take turns
+	missed  sync.Map        // IDs of containers that ended while no daemon ran
+	undo    sync.Map        // IDs of objects whose destroy failed
+	resweep atomic.Bool     // a shim was killed in the middle of its work
+	sweepMu sync.Mutex      // one sweep at a time
+	swept   chan struct{}   // closed after the first try to sweep
+	noted   map[string]bool // see observeBook; does not change
+	updates turns           // by ID: updates of one container take turns
 }
 
 // New reads the book, finds out what has become of everything in it and takes
@@ -64,11 +68,18 @@ func New(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 		return nil, fmt.Errorf("sandbox: %w", err)
 	}
 	s := &Service{cfg: cfg, deps: deps, book: newBook(deps.Store), ops: newOps(), live: newLive(),
-		runtimes: map[string]ociRuntime{}, stats: newStatsCache(), forwards: newForwards(), appArmor: newAppArmor(), wake: make(chan struct{}, 1)}
+		runtimes: map[string]ociRuntime{}, stats: newStatsCache(), forwards: newForwards(), appArmor: newAppArmor(), wake: make(chan struct{}, 1), swept: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	if err := s.prepare(); err != nil {
+	prepare := s.prepare
+	if cfg.Observe {
+		prepare = s.observeBook
+	}
+	if err := prepare(); err != nil {
 		s.cancel()
 		return nil, fmt.Errorf("sandbox: %w", err)
+	}
+	if cfg.Observe {
+		return s, nil
 	}
 	if err := s.recover(ctx); err != nil {
 		s.cancel()
@@ -101,19 +112,17 @@ func (s *Service) prepare() error {
 			return err
 		}
 	}
-	for name, r := range s.cfg.Runtimes {
-		root := r.Root
-		if root == "" {
-			root = filepath.Join(s.cfg.RunDir, "oci", name)
-		}
-		if err := os.MkdirAll(root, 0o700); err != nil {
+	if s.ids, err = openIDKey(s.deps.Store, s.cfg.StateDir); err != nil {
+		klog.FromContext(s.ctx).Error(err, "What bears IDs of this run will not be recognized by the next one")
+	}
+	if err := s.look(); err != nil {
+		return err
+	}
+	for _, r := range s.runtimes {
+		if err := os.MkdirAll(r.root, 0o700); err != nil {
 			return err
 		}
-		s.runtimes[name] = ociRuntime{prober: newProber(s.ctx, name, r.Path), root: root, driver: cmp.Or(r.CgroupDriver, s.cfg.CgroupDriver)}
-		s.runtimes[name].refresh()
-	}
-	if s.hier, err = cgroup.Detect(); err != nil {
-		return err
+		r.refresh()
 	}
 	if s.host, err = hostFacts(s.hier); err != nil {
 		return err
@@ -124,6 +133,49 @@ func (s *Service) prepare() error {
 	}
 	s.initDir, err = installInit(filepath.Join(s.cfg.RunDir, "init"), s.cfg.InitBinary)
 	return err
+}
+
+// look finds the OCI runtimes' state and the control groups.
+func (s *Service) look() (err error) {
+	for name, r := range s.cfg.Runtimes {
+		root := cmp.Or(r.Root, filepath.Join(s.cfg.RunDir, "oci", name))
+		s.runtimes[name] = ociRuntime{prober: newProber(s.ctx, name, r.Path), root: root, driver: cmp.Or(r.CgroupDriver, s.cfg.CgroupDriver)}
+	}
+	s.hier, err = cgroup.Detect()
+	return err
+}
+
+// observeBook is prepare and recover for Config.Observe. IDs of rows that cannot be
+// read and whose notes can are noted: the next daemon will restore them.
+func (s *Service) observeBook() (err error) {
+	// A key cannot be made in a book that is only read: then no ID is recognized.
+	s.ids, _ = openIDKey(s.deps.Store, s.cfg.StateDir)
+	if err := s.look(); err != nil {
+		return err
+	}
+	if s.initDir, err = initDirOf(filepath.Join(s.cfg.RunDir, "init"), s.cfg.InitBinary); err != nil {
+		return err
+	}
+	if err := s.book.load(); err != nil {
+		return err
+	}
+	s.noted = map[string]bool{}
+	for _, q := range s.deps.Store.Quarantined() {
+		if validID(q.Key) && (exists(s.podFile(q.Key, noteFile)) || exists(filepath.Join(s.bundleDir(q.Key), noteFile))) {
+			s.noted[q.Key] = true
+		}
+	}
+	return nil
+}
+
+// Settle waits until the first sweep after the start was tried, or ctx has ended.
+func (s *Service) Settle(ctx context.Context) error {
+	select {
+	case <-s.swept:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("first sweep: %w", ctx.Err())
+	}
 }
 
 // Close ends the service. Pods and containers stay as they are: nothing is
