@@ -95,6 +95,11 @@ type Config struct {
 	// PinnedImages are references, or path.Match patterns of them, that are reported
 	// as pinned: "registry.example/base:*".
 	PinnedImages []string
+
+	// Observe is for a look at what an earlier daemon has left, by a process that
+	// is none: New reads the book and changes nothing. The result can tell of images,
+	// and not pull.
+	Observe bool
 }
 
 // The values of Config.Gunzip.

@@ -117,14 +117,11 @@ func (m manifests) sweep(exists func(chain string) bool) error {
 	if m.dir == "" {
 		return nil
 	}
-	entries, err := os.ReadDir(m.dir)
-	if err != nil {
-		return fmt.Errorf("layer manifests: %w", err)
-	}
-	var errs []error
-	for _, e := range entries {
-		if !exists(strings.Replace(e.Name(), "-", ":", 1)) {
-			errs = append(errs, os.RemoveAll(filepath.Join(m.dir, e.Name())))
+	files, err := m.all()
+	errs := []error{err}
+	for _, f := range files {
+		if !exists(chainOf(f)) {
+			errs = append(errs, os.RemoveAll(filepath.Join(m.dir, f)))
 		}
 	}
 	return errors.Join(errs...)

@@ -76,7 +76,9 @@ func New(ctx context.Context, cfg Config, st *store.Store, sn snapshotter.Snapsh
 		return nil, err
 	}
 	s.pinned.Store(&cfg.PinnedImages)
-	if err := s.Reload(); err != nil {
+	if cfg.Observe {
+		s.search.Store(&shortNames{})
+	} else if err := s.Reload(); err != nil {
 		return nil, err
 	}
 	rows, err := load(st)
@@ -84,6 +86,9 @@ func New(ctx context.Context, cfg Config, st *store.Store, sn snapshotter.Snapsh
 		return nil, err
 	}
 	s.view.Store(newView(rows, cfg.PinnedImages))
+	if cfg.Observe {
+		return s, nil
+	}
 	if err := s.recover(ctx); err != nil {
 		return nil, err
 	}
