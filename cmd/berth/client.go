@@ -34,6 +34,9 @@ const (
 // errUnreachable: berthd does not answer.
 var errUnreachable = errors.New("berthd not reachable")
 
+// errDown: and that is because none runs.
+var errDown = fmt.Errorf("%w", errUnreachable)
+
 // socketPath is where berthd's admin socket is: as told, or where the configuration has
 // it.
 func (a *app) socketPath() (string, error) {
@@ -100,20 +103,20 @@ func (a *app) client() (*client, error) {
 
 // unreachable says what an error of the transport means.
 func (c *client) unreachable(err error) error {
-	why := err.Error()
+	why, kind := err.Error(), errUnreachable
 	switch {
 	case errors.Is(err, context.Canceled):
 		return errors.New("interrupted")
 	case errors.Is(err, fs.ErrNotExist):
-		why = "the socket is not there: is berthd running (systemctl status berthd), and is run_dir another one (--socket)?"
+		kind, why = errDown, "the socket is not there: is berthd running (systemctl status berthd), and is run_dir another one (--socket)?"
 	case errors.Is(err, syscall.ECONNREFUSED):
-		why = "nobody listens there: berthd has ended (systemctl status berthd)"
+		kind, why = errDown, "nobody listens there: berthd has ended (systemctl status berthd)"
 	case errors.Is(err, fs.ErrPermission):
 		why = "permission denied: berth has to run as root"
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
 		why = "the connection was cut: berthd is ending, or this user is not root"
 	}
-	return fmt.Errorf("%w at %s: %s", errUnreachable, c.socket, why)
+	return fmt.Errorf("%w at %s: %s", kind, c.socket, why)
 }
 
 // do sends a request and returns the answer, whose body the caller closes. An answer that
@@ -171,7 +174,12 @@ func (c *client) work(ctx context.Context, path string, body io.Reader, show fun
 		return err
 	}
 	defer resp.Body.Close()
-	lines := bufio.NewScanner(resp.Body)
+	return records(ctx, resp.Body, show)
+}
+
+// records hands each record to show, until the last one, whose error it returns.
+func records(ctx context.Context, answer io.Reader, show func(api.Record)) error {
+	lines := bufio.NewScanner(answer)
 	lines.Buffer(nil, api.MaxRecord)
 	for lines.Scan() {
 		var rec api.Record

@@ -17,6 +17,11 @@ import (
 // berthd runs the daemon's program, which knows its configuration, with arguments that
 // make it print something and end.
 func (a *app) berthd(ctx context.Context, args ...string) error {
+	return a.runBerthd(ctx, a.out, args...)
+}
+
+// runBerthd is berthd with another standard output.
+func (a *app) runBerthd(ctx context.Context, out io.Writer, args ...string) error {
 	program := "berthd"
 	if self, err := os.Executable(); err == nil {
 		if p, err := exec.LookPath(filepath.Join(filepath.Dir(self), program)); err == nil {
@@ -24,7 +29,7 @@ func (a *app) berthd(ctx context.Context, args ...string) error {
 		}
 	}
 	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Stdout, cmd.Stderr = a.out, a.err
+	cmd.Stdout, cmd.Stderr = out, a.err
 	err := cmd.Run()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
@@ -51,11 +56,7 @@ func configValidate(a *app, _ *flag.FlagSet) func(context.Context, []string) err
 		if len(args) > 0 {
 			file = args[0]
 		}
-		check := []string{"--check-config"}
-		// The usual file need not exist; one that is named has to.
-		if file != defaultConfig {
-			check = append(check, "--config", file)
-		}
+		check := append([]string{"--check-config"}, configFlag(file)...)
 		if !a.json {
 			return a.berthd(ctx, check...)
 		}
@@ -64,6 +65,15 @@ func configValidate(a *app, _ *flag.FlagSet) func(context.Context, []string) err
 		err := quiet.berthd(ctx, check...)
 		return errors.Join(a.printJSON(map[string]any{"file": file, "valid": err == nil}), err)
 	}
+}
+
+// configFlag is how berthd is told of a file: the usual one need not exist; one that
+// is named has to.
+func configFlag(file string) []string {
+	if file == defaultConfig {
+		return nil
+	}
+	return []string{"--config", file}
 }
 
 func configPrint(a *app, _ *flag.FlagSet) func(context.Context, []string) error {

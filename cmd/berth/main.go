@@ -10,7 +10,7 @@
 //	2  wrong command line
 //	3  berthd cannot be reached
 //	4  an image that was named is not there
-//	5  damage was found (image verify)
+//	5  damage or leaks were found and are still there (image verify, leaks)
 package main
 
 import (
@@ -100,7 +100,7 @@ func exitCode(err error) int {
 		return exitUsage
 	case errors.Is(err, errUnreachable):
 		return exitUnreachable
-	case errors.Is(err, errDamage):
+	case errors.Is(err, errDamage), errors.Is(err, errLeft):
 		return exitDamaged
 	case errors.As(err, &e) && e.Code == api.CodeNotFound:
 		return exitNotFound

@@ -59,6 +59,11 @@ func init() {
 		{name: "registry explain", args: "IMAGE", least: 1, most: 1, short: "show where a pull would look, and with what", setup: registryExplain,
 			long:     "Prints the endpoints in the order in which they would be tried, with the files that decided so, credentials and TLS files. Nothing is pulled.",
 			examples: []string{"berth registry explain nginx", "berth registry explain --probe registry.example/app:1.2"}},
+		{name: "leaks", short: "list what belongs to berth and has no owner", setup: leaks,
+			long: "Processes, namespaces, mounts, control groups, addresses, rules of iptables, sockets, directories, layers and rows that no pod, container or image has, with the reason and the age. " +
+				"What operations under way are making is theirs. With --fix it is removed where that is safe. While berthd does not run, its program looks by itself, and no berthd can start meanwhile. " +
+				"Exit code 5 tells that something is still there.",
+			examples: []string{"berth leaks", "berth leaks --fix", "berth leaks --json | jq '.findings[].what'"}},
 		{name: "config default", short: "print a configuration file with every key and its default", setup: configDefault,
 			examples: []string{"berth config default > /etc/berth/berth.toml"}},
 		{name: "config validate", args: "[FILE]", most: 1, short: "check a configuration file and its drop-ins", setup: configValidate,
@@ -103,7 +108,7 @@ func overview(w io.Writer, group string) {
 		}
 	}
 	fmt.Fprint(w, "\nberth COMMAND --help tells more, with examples. Every command knows --json.\n"+
-		"Exit codes: 0 done, 1 failed, 2 wrong command line, 3 berthd not reachable, 4 image not found, 5 damage found.\n")
+		"Exit codes: 0 done, 1 failed, 2 wrong command line, 3 berthd not reachable, 4 image not found, 5 damage or leaks are still there.\n")
 }
 
 // wrap breaks text at spaces into lines of at most width bytes.

@@ -7,14 +7,13 @@ import (
 	"strings"
 
 	"github.com/berthd/berth/cri/admin"
-	"github.com/berthd/berth/imageservice"
 )
 
 // serveAdmin opens the admin socket and answers on it until the function that it
 // returns is called.
-func (d *daemon) serveAdmin(ctx context.Context, images *imageservice.Service) (stop func(), err error) {
-	s, err := admin.New(admin.Deps{Images: images, Puller: images, Importer: images, Exporter: images, Verifier: images,
-		Config: d.inForce, Version: version()})
+func (d *daemon) serveAdmin(ctx context.Context, p parts) (stop func(), err error) {
+	s, err := admin.New(admin.Deps{Images: p.images, Puller: p.images, Importer: p.images, Exporter: p.images, Verifier: p.images,
+		Leaks: p.leaks, Config: d.inForce, Version: version()})
 	if err != nil {
 		return nil, err
 	}

@@ -40,6 +40,8 @@ func command(args []string, stdout, stderr io.Writer) int {
 		return 0
 	case opt.printConfig:
 		err = printDefault(stdout)
+	case opt.inspect != "":
+		err = inspect(opt.source, opt.inspect, opt.mend, stdout, stderr)
 	case opt.checkConfig:
 		if _, err = opt.source.load(); err == nil {
 			fmt.Fprintln(stdout, "configuration is valid")
@@ -56,8 +58,9 @@ func command(args []string, stdout, stderr io.Writer) int {
 
 // options are what the command line says.
 type options struct {
-	source                            source
-	version, printConfig, checkConfig bool
+	source                                  source
+	version, printConfig, checkConfig, mend bool
+	inspect                                 string
 }
 
 func parseFlags(args []string, stderr io.Writer) (options, error) {
@@ -67,6 +70,8 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	fs.BoolVar(&o.version, "version", false, "print the version and exit")
 	fs.BoolVar(&o.printConfig, "print-config", false, "print a configuration file with all defaults and exit")
 	fs.BoolVar(&o.checkConfig, "check-config", false, "check the configuration and exit")
+	fs.StringVar(&o.inspect, "inspect", "", "`look` at a node whose daemon does not run and exit: leaks; prints records of JSON, for the command berth")
+	fs.BoolVar(&o.mend, "mend", false, "with --inspect: put right what can be")
 	fs.Func("config", "configuration `file`, which has to exist (default "+defaultConfig+", which need not)", func(s string) error {
 		o.source.file, o.source.required = s, true
 		return nil
@@ -87,6 +92,10 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	set("v", "log_level", "the same as --log-level", asNumber)
 	if err := fs.Parse(args); err != nil {
 		return o, err
+	}
+	if o.mend && o.inspect == "" {
+		fmt.Fprintln(stderr, "berthd: --mend: only with --inspect")
+		return o, errors.New("--mend without --inspect")
 	}
 	if fs.NArg() > 0 {
 		fmt.Fprintf(stderr, "berthd: unexpected argument %q\n", fs.Arg(0))

@@ -71,6 +71,11 @@ func (d *daemon) handle(ctx context.Context, s os.Signal) {
 	}
 }
 
+// stopOnSignal is the life of a command that is not the daemon.
+func stopOnSignal() (context.Context, context.CancelFunc) {
+	return signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+}
+
 // onReload adds a part to tell when the configuration has been read again.
 func (d *daemon) onReload(part string, take func(*config) error) {
 	d.mu.Lock()

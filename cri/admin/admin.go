@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
+	"github.com/berthd/berth/cri/admin/api"
 	"github.com/berthd/berth/imageservice"
 )
 
@@ -61,6 +62,10 @@ type Verifier interface {
 	Verify(ctx context.Context, refs []string, o imageservice.VerifyOptions) (imageservice.VerifyResult, error)
 }
 
+// Inspection is a look at the node. It tells of each finding as soon as it is known,
+// and mended if it is to be; its error is about the look.
+type Inspection func(ctx context.Context, mend bool, tell func(api.Finding)) error
+
 // Deps is what the server asks. All are required.
 type Deps struct {
 	Images   Images
@@ -68,6 +73,8 @@ type Deps struct {
 	Importer Importer
 	Exporter Exporter
 	Verifier Verifier
+	// Leaks tells of what nobody on the node owns, and with fix removes it.
+	Leaks Inspection
 	// Config returns the configuration in force: its values by key, and as a file.
 	Config func() (values map[string]any, toml string)
 	// Version is berth's own.
@@ -94,7 +101,7 @@ type Server struct {
 
 // New returns a server; Serve makes it reachable.
 func New(deps Deps) (*Server, error) {
-	if deps.Images == nil || deps.Puller == nil || deps.Importer == nil || deps.Exporter == nil || deps.Verifier == nil || deps.Config == nil {
+	if deps.Images == nil || deps.Puller == nil || deps.Importer == nil || deps.Exporter == nil || deps.Verifier == nil || deps.Leaks == nil || deps.Config == nil {
 		return nil, errors.New("admin server: a service behind it is missing")
 	}
 	s := &Server{deps: deps, mux: http.NewServeMux(), work: make(chan struct{}, maxWork)}

@@ -120,6 +120,12 @@ func (s *shelf) Verify(_ context.Context, refs []string, o imageservice.VerifyOp
 	return imageservice.VerifyResult{Images: 1, Layers: 2, Bytes: 3, Damaged: 1, Repaired: 1}, nil
 }
 
+func (s *shelf) leaks(_ context.Context, mend bool, tell func(api.Finding)) error {
+	tell(api.Finding{Kind: "mount", What: "/m", Mendable: true, Mended: mend})
+	tell(api.Finding{Kind: "stranger", What: "/s"})
+	return fmt.Errorf("third: %w", imageservice.ErrClosed)
+}
+
 // Export writes "archive", and fails before it for "none" and after it for "half".
 func (s *shelf) Export(_ context.Context, w io.Writer, refs []string, o imageservice.ExportOptions) error {
 	if refs[0] == "none" {
@@ -135,7 +141,7 @@ func (s *shelf) Export(_ context.Context, w io.Writer, refs []string, o imageser
 // serve starts a server on a socket and returns a client of it.
 func serve(t *testing.T, s *shelf) (*http.Client, string) {
 	t.Helper()
-	srv, err := New(Deps{Images: s, Puller: s, Importer: s, Exporter: s, Verifier: s, Version: "1.2.3",
+	srv, err := New(Deps{Images: s, Puller: s, Importer: s, Exporter: s, Verifier: s, Leaks: s.leaks, Version: "1.2.3",
 		Config: func() (map[string]any, string) { return map[string]any{"k": 1}, "k = 1\n" }})
 	if err != nil {
 		t.Fatal(err)

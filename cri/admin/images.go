@@ -28,6 +28,7 @@ func (s *Server) routes() {
 	post(s, api.PathPin, s.pin)
 	long(s, api.PathPull, s.pull)
 	long(s, api.PathVerify, s.verify)
+	long(s, api.PathLeaks, inspection(s.deps.Leaks))
 	s.mux.HandleFunc("GET "+api.PathExport, s.export)
 	s.mux.HandleFunc("POST "+api.PathImport, s.importImages)
 }

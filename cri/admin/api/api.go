@@ -37,6 +37,8 @@ const (
 	PathExport = "/v1/images/export"
 	// POST VerifyRequest: records, each of them with a Layer, the last but one with a Summary.
 	PathVerify = "/v1/images/verify"
+	// POST InspectRequest: records with a Finding each.
+	PathLeaks = "/v1/leaks"
 )
 
 // TrailerError is the trailer of an export that tells, as the JSON of an Error, why it ends
@@ -240,6 +242,25 @@ type Summary struct {
 	Repaired int   `json:"repaired"` // of them
 }
 
+// InspectRequest asks for a look at the node.
+type InspectRequest struct {
+	Mend bool `json:"mend,omitempty"` // put right what can be
+}
+
+// Finding is a thing that nobody owns, or something that is not as the book has it.
+type Finding struct {
+	Kind        string    `json:"kind"`
+	ID          string    `json:"id,omitempty"`
+	What        string    `json:"what,omitempty"` // a path, a number, a name
+	Why         string    `json:"why"`
+	Consequence string    `json:"consequence,omitempty"`
+	Remedy      string    `json:"remedy,omitempty"`
+	Since       time.Time `json:"since,omitzero"`
+	Mendable    bool      `json:"mendable"` // by berth
+	Mended      bool      `json:"mended"`
+	Error       string    `json:"error,omitempty"` // why it was not
+}
+
 // Record is one line of the answer to long work.
 type Record struct {
 	// Ref is what the record is about, where several things are worked on.
@@ -257,6 +278,7 @@ type Record struct {
 	// Layer is one that has been verified, or repaired.
 	Layer   *LayerReport `json:"layer,omitempty"`
 	Summary *Summary     `json:"summary,omitempty"`
+	Finding *Finding     `json:"finding,omitempty"`
 	// Done marks the last record.
 	Done bool `json:"done,omitempty"`
 	// Error says why the work, or before the last record a part of it, failed.
