@@ -63,6 +63,9 @@ func TestCommandLines(t *testing.T) {
 		{[]string{"config", "default", "--json"}, exitUsage, "--json"},
 		{[]string{"completion", "csh"}, exitUsage, "only bash"},
 		{[]string{"completion", "bash"}, 0, "complete -F _berth berth"},
+		{[]string{"completion", "bash"}, 0, `"leaks") flags="--config --fix --json --socket"`},
+		{[]string{"leaks", "x"}, exitUsage, "want none"},
+		{[]string{"leaks", "--socket", "/no/such.sock"}, exitUnreachable, "is berthd running"},
 		{[]string{"image", "ls", "--socket", "/no/such.sock"}, exitUnreachable, "is berthd running"},
 		{[]string{"version", "--socket", "/no/such.sock"}, 0, "not reachable at /no/such.sock"},
 	} {

@@ -63,7 +63,7 @@ func inspect(src source, what string, mend bool, stdout, stderr io.Writer) error
 	return enc.Encode(last)
 }
 
-func inspectTo(ctx context.Context, src source, what string, mend bool, stderr io.Writer, tell func(api.Finding)) (err error) {
+func inspectTo(ctx context.Context, src source, what string, mend bool, stderr io.Writer, tell func(api.Finding)) error {
 	if what != "leaks" {
 		return fmt.Errorf("--inspect %q: want leaks", what)
 	}
@@ -85,11 +85,6 @@ func inspectTo(ctx context.Context, src source, what string, mend bool, stderr i
 	}
 	klog.SetLoggerWithOptions(log, klog.ContextualLogger(true))
 	ctx = klog.NewContext(ctx, log)
-	lock, err := lockDir(ctx, c.RunDir)
-	if err != nil {
-		return c.wrong("run_dir", "%q: %w", c.RunDir, err)
-	}
-	defer join(&err, lock.Close)
 	return c.observe(ctx, path, mend, func(p parts) error { return p.leaks(ctx, mend, tell) })
 }
 
@@ -112,6 +107,11 @@ func (c *config) observe(ctx context.Context, path string, write bool, look func
 		}
 	}
 	defer join(&err, book.Close)
+	lock, err := lockDir(ctx, c.RunDir) // after the book, as a daemon does
+	if err != nil {
+		return c.wrong("run_dir", "%q: %w", c.RunDir, err)
+	}
+	defer join(&err, lock.Close)
 	snapshots, err := overlay.New(c.StateDir, book)
 	if err != nil {
 		return err

@@ -334,7 +334,7 @@ func TestLeaksRefused(t *testing.T) {
 	}
 	r.must(r.Start(r.ctx))
 	out, err := exec.Command(filepath.Join(bin, "berthd"), "--config", r.Config, "--inspect", "leaks").Output()
-	if err != nil || !strings.Contains(string(out), "another berthd uses it") {
+	if err != nil || !strings.Contains(string(out), "held by another process") {
 		t.Errorf("beside a daemon: %v: %s", err, out)
 	}
 	r.must(r.Stop(r.ctx))
