@@ -135,6 +135,7 @@ type Server struct {
 	// own ranges, so it is only shown.
 	podCIDR atomic.Pointer[string]
 	nextID  atomic.Uint64
+	calls   calls
 	// life ends when the server stops, and with it the streams of events, which
 	// have no end of their own.
 	life context.Context

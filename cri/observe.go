@@ -71,9 +71,13 @@ func (c contextStream) Context() context.Context { return c.ctx }
 func (s *Server) observe(ctx context.Context, log klog.Logger, fullMethod string, req any, call func(context.Context) error) error {
 	method := path.Base(fullMethod)
 	id := strconv.FormatUint(s.nextID.Add(1), 10)
-	log = log.WithValues(append([]any{"method", method, "call", id}, requestKeys(req)...)...)
+	about := requestKeys(req)
+	log = log.WithValues(append([]any{"method", method, "call", id}, about...)...)
 	done := s.metrics.begin(method)
 	start := time.Now()
+	c := &underWay{method: method, number: id, about: about, began: start}
+	s.calls.begin(c)
+	defer s.calls.end(c)
 	err := toStatus(s.guard(log, method, id, func() error { return call(klog.NewContext(ctx, log)) }))
 	took := time.Since(start)
 	code := status.Code(err)

@@ -234,12 +234,15 @@ func (t *streamServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer t.end(x)
-	logger := klog.FromContext(r.Context()).WithValues(append([]any{"stream", kind}, requestKeys(req)...)...)
+	about, began := requestKeys(req), time.Now()
+	logger := klog.FromContext(r.Context()).WithValues(append([]any{"stream", kind}, about...)...)
 	r = r.WithContext(klog.NewContext(r.Context(), logger))
 	gauge := t.s.metrics.sessions.WithLabelValues(kind)
 	gauge.Inc()
 	defer gauge.Dec()
-	began := time.Now()
+	c := &underWay{method: kind, about: about, session: true, began: began}
+	t.s.calls.begin(c)
+	defer t.s.calls.end(c)
 	t.run(hijacker{w, x}, r, x, req)
 	logger.V(lifecycleV).Info("Session ended", "took", time.Since(began))
 }

@@ -199,14 +199,18 @@ func (s *Service) forgetRebuild() {
 // sweep removes what is there and is not in the book, has the network plugins do so,
 // and removes what else nobody needs.
 func (s *Service) sweep(ctx context.Context) error {
+	o, end := s.ops.show("sweep", "")
+	defer end()
 	s.sweepMu.Lock()
 	defer s.sweepMu.Unlock()
+	o.enter("look")
 	found, err := s.leftovers(ctx)
 	errs := []error{err}
 	network, cancel := context.WithTimeout(ctx, sweepNetworkLimit)
 	defer cancel()
 	for _, f := range found {
 		klog.FromContext(ctx).Info("Sweeping what nobody owns", "kind", f.Kind, "id", f.ID, "what", f.What)
+		o.enter(f.Kind + " " + f.ID)
 		of := ctx
 		if f.Kind == kindAttachment {
 			of = network
@@ -216,7 +220,9 @@ func (s *Service) sweep(ctx context.Context) error {
 		cancel()
 	}
 	// What is attached from here on the network keeps by itself (cni.Network.GC).
+	o.enter("network plugins")
 	errs = append(errs, s.collectNetwork(network))
+	o.enter("files")
 	if !s.lostSnapshots() || s.layersKnown(ctx) { // else forgetRebuild will
 		errs = append(errs, s.cleanSnapshots(ctx))
 	}

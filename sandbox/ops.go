@@ -1,11 +1,13 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"sort"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -17,6 +19,7 @@ import (
 type ops struct {
 	mu      sync.Mutex
 	running map[string]*op
+	shown   map[*op]bool // background work, see show
 	closed  bool
 	all     sync.WaitGroup
 }
@@ -28,13 +31,14 @@ type op struct {
 	done         chan struct{} // closed when result and err are set
 	result       string
 	err          error
+	waiters      atomic.Int32 // callers
 
 	mu    sync.Mutex
 	step  string // what it is doing
 	since time.Time
 }
 
-func newOps() *ops { return &ops{running: map[string]*op{}} }
+func newOps() *ops { return &ops{running: map[string]*op{}, shown: map[*op]bool{}} }
 
 // errClosing: the daemon is going down.
 var errClosing = fmt.Errorf("%w: the daemon is stopping", ErrBusy)
@@ -57,7 +61,9 @@ func (o *ops) do(ctx context.Context, verb, object string, limit time.Duration, 
 		o.all.Add(1)
 		go o.run(ctx, key, p, limit, fn)
 	}
+	p.waiters.Add(1)
 	o.mu.Unlock()
+	defer p.waiters.Add(-1)
 	select {
 	case <-p.done:
 		return p.result, p.err
@@ -127,25 +133,53 @@ func (o *ops) close(ctx context.Context) error {
 	}
 }
 
-// Op describes an operation under way.
-type Op struct {
-	Verb, Object, Step string
-	Age, StepAge       time.Duration
+// show has background work on object listed while it lasts: until end is called. Several
+// may be at the same.
+func (o *ops) show(verb, object string) (p *op, end func()) {
+	now := time.Now()
+	p = &op{verb: verb, object: object, began: now, since: now, step: "begin"}
+	o.mu.Lock()
+	o.shown[p] = true
+	o.mu.Unlock()
+	return p, func() {
+		o.mu.Lock()
+		delete(o.shown, p)
+		o.mu.Unlock()
+	}
 }
 
+// Op describes an operation, or background work, under way.
+type Op struct {
+	Verb   string // such as "run pod"
+	Object string // an ID, or names if it has none yet; "" for all
+	Name   string // of the object: "namespace/pod" or "namespace/pod/container"; "" if it is not in the book
+	Step   string
+	Began  time.Time
+	// Age is the time since Began, StepAge since the step began, whatever was done to
+	// the clock.
+	Age, StepAge time.Duration
+	Waiters      int  // callers; 0 when they have given up
+	Background   bool // nobody called for it
+}
+
+// list has the oldest first.
 func (o *ops) list() []Op {
 	o.mu.Lock()
-	running := make([]*op, 0, len(o.running))
+	running := make([]*op, 0, len(o.running)+len(o.shown))
 	for _, p := range o.running {
+		running = append(running, p)
+	}
+	for p := range o.shown {
 		running = append(running, p)
 	}
 	o.mu.Unlock()
 	out := make([]Op, 0, len(running))
 	for _, p := range running {
 		step, age := p.at()
-		out = append(out, Op{p.verb, p.object, step, time.Since(p.began), age})
+		out = append(out, Op{Verb: p.verb, Object: p.object, Step: step, Began: p.began, Age: time.Since(p.began), StepAge: age,
+			Waiters: int(p.waiters.Load()), Background: p.done == nil})
 	}
-	sort.Slice(out, func(i, j int) bool { return out[i].Age > out[j].Age })
+	slices.SortFunc(out, func(a, b Op) int { return cmp.Compare(b.Age, a.Age) })
 	return out
 }
 

@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 func TestOpsJoin(t *testing.T) {
@@ -66,6 +68,83 @@ func TestOpsOutliveTheirCaller(t *testing.T) {
 	got, err := o.do(context.Background(), "run pod", "a/b", time.Minute, fn)
 	if got != "id" || err != nil {
 		t.Errorf("joined: got %q, %v; want the result of the first call", got, err)
+	}
+}
+
+// TestOpsListed: callers are counted while they wait, and background work is listed until
+// its end, several of a kind at the same time.
+func TestOpsListed(t *testing.T) {
+	o := newOps()
+	_, end1 := o.show("sweep", "")
+	p, end2 := o.show("sweep", "")
+	p.enter("mounts")
+	release := make(chan struct{})
+	ctx, giveUp := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			_, _ = o.do(ctx, "run pod", "a/b", time.Minute, func(context.Context, *op) (string, error) { <-release; return "", nil })
+		})
+	}
+	find := func(verb string) (found []Op) {
+		for _, l := range o.list() {
+			if l.Verb == verb {
+				found = append(found, l)
+			}
+		}
+		return found
+	}
+	for l := find("run pod"); len(l) == 0 || l[0].Waiters < 2; l = find("run pod") {
+		time.Sleep(time.Millisecond)
+	}
+	if l := find("run pod"); l[0].Background || l[0].Object != "a/b" || l[0].Began.IsZero() {
+		t.Errorf("operation: %+v", l[0])
+	}
+	giveUp()
+	wg.Wait()
+	if l := find("run pod"); len(l) != 1 || l[0].Waiters != 0 {
+		t.Errorf("after its callers gave up: %+v, want no waiters", l)
+	}
+	close(release)
+	if l := find("sweep"); len(l) != 2 || l[0].Step != "begin" || l[1].Step != "mounts" || !l[0].Background {
+		t.Errorf("two sweeps: %+v", l)
+	}
+	end1()
+	if l := find("sweep"); len(l) != 1 || l[0].Step != "mounts" {
+		t.Errorf("one sweep: %+v", l)
+	}
+	end2()
+	if l := find("sweep"); len(l) != 0 {
+		t.Errorf("no sweep: %+v", l)
+	}
+}
+
+func TestDescribe(t *testing.T) {
+	s := &Service{book: newBook(nil)}
+	id, other := strings.Repeat("a", 64), strings.Repeat("b", 64)
+	p := &pod{podRow: podRow{ID: id}, config: &runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Namespace: "ns", Name: "web"}}}
+	s.book.cur.Store(&view{pods: map[string]*pod{id: p}})
+	for _, c := range []struct{ key, object, name string }{
+		{id, id, "ns/web"},
+		{other, other, ""},
+		{id + " to 77ab", id, "ns/web"},
+		{id + "/app/0", id + "/app/0", "ns/web/app"},
+		{"ns/new/uid/0", "ns/new/uid/0", "ns/new"},
+		{"", "", ""},
+	} {
+		if object, name := s.describe(c.key); object != c.object || name != c.name {
+			t.Errorf("%q: %q, %q; want %q, %q", c.key, object, name, c.object, c.name)
+		}
+	}
+}
+
+// BenchmarkShow is what it costs to have background work listed.
+func BenchmarkShow(b *testing.B) {
+	o := newOps()
+	b.ReportAllocs()
+	for b.Loop() {
+		_, end := o.show("record exit", "x")
+		end()
 	}
 }
 

@@ -169,6 +169,12 @@ func validID(s string) bool {
 	return true
 }
 
+// fullName is "namespace/name".
+func (p *pod) fullName() string {
+	m := p.config.GetMetadata()
+	return m.GetNamespace() + "/" + m.GetName()
+}
+
 func podKey(c *runtime.PodSandboxConfig) string {
 	m := c.GetMetadata()
 	return fmt.Sprintf("%s/%s/%s/%d", m.GetNamespace(), m.GetName(), m.GetUid(), m.GetAttempt())

@@ -5,8 +5,10 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -189,8 +191,46 @@ func (s *Service) Close(ctx context.Context) error {
 	return err
 }
 
-// Ops lists the operations under way, the oldest first.
-func (s *Service) Ops() []Op { return s.ops.list() }
+// Ops lists the operations and the background work under way, the oldest first.
+func (s *Service) Ops() []Op {
+	list := s.ops.list()
+	for i := range list {
+		list[i].Object, list[i].Name = s.describe(list[i].Object)
+	}
+	return list
+}
+
+// describe takes the key of an operation's object apart: an ID; what podKey or
+// containerKey made; an ID and what an update asks for.
+func (s *Service) describe(key string) (object, name string) {
+	key, _, _ = strings.Cut(key, " ")
+	parts := strings.Split(key, "/")
+	switch {
+	case len(parts) == 1:
+		return key, s.NameOf(key)
+	case validID(parts[0]):
+		return key, path.Join(s.NameOf(parts[0]), parts[1])
+	}
+	return key, path.Join(parts[0], parts[1])
+}
+
+// NameOf is the name by which people know a pod ("namespace/name") or a container
+// ("namespace/pod/name"), "" if the ID is not in the book.
+func (s *Service) NameOf(id string) string {
+	v := s.book.view()
+	if p := v.pods[id]; p != nil {
+		return p.fullName()
+	}
+	c := v.containers[id]
+	if c == nil {
+		return ""
+	}
+	name := c.config.GetMetadata().GetName()
+	if p := v.pods[c.PodID]; p != nil {
+		name = p.fullName() + "/" + name
+	}
+	return name
+}
 
 // CgroupDriver is "cgroupfs" or "systemd".
 func (s *Service) CgroupDriver() string { return s.cfg.CgroupDriver }

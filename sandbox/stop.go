@@ -270,6 +270,8 @@ func pause(ctx context.Context, d *time.Duration) bool {
 // markEnded puts an exit into the book, of a container or of a pod's init. A book
 // that cannot be written now, on a full disk, is tried again until it can.
 func (s *Service) markEnded(id string, e shim.Exit) {
+	_, end := s.ops.show("record exit", id)
+	defer end()
 	for wait := retryFirst; ; {
 		var err error
 		if _, isPod := s.book.view().pods[id]; isPod {
@@ -353,6 +355,8 @@ const reasonLost = "the container's shim was lost and the container killed"
 // is in the book or somebody else follows the shim, or ctx has ended.
 func (s *Service) shimLost(ctx context.Context, id string, h *handle) {
 	log := klog.FromContext(ctx).WithValues("id", id)
+	_, end := s.ops.show("reach shim", id)
+	defer end()
 	for wait := retryFirst; ; {
 		if s.ctx.Err() != nil || s.live.get(id) != h {
 			return
@@ -419,6 +423,8 @@ func (s *Service) endLost(ctx context.Context, id string) bool {
 // settle brings a container's row up to what its shim says: a start that an
 // earlier daemon began may have ended since.
 func (s *Service) settle(ctx context.Context, id string, c *shim.Client) {
+	_, end := s.ops.show("look for start", id)
+	defer end()
 	for range settlePolls {
 		row := s.book.view().containers[id]
 		if row == nil || row.State != StateCreated {

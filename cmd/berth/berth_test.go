@@ -168,6 +168,10 @@ func TestAnswers(t *testing.T) {
 			}
 			enc.Encode(api.Record{Summary: &sum})
 			enc.Encode(api.Record{Done: true})
+		case r.URL.Path == api.PathOps:
+			json.NewEncoder(w).Encode([]api.Op{
+				{Kind: api.KindOperation, What: "run pod", Object: "0123456789abcdef", Name: "shop/web\x1b", Step: "network", Age: time.Minute, StepAge: 50 * time.Second, Waiters: 2},
+				{Kind: api.KindCall, What: "RunPodSandbox", Object: "shop/web", Age: 3 * time.Second, StepAge: 3 * time.Second, Call: "77"}})
 		default:
 			http.Error(w, "what?", http.StatusTeapot)
 		}
@@ -189,6 +193,11 @@ func TestAnswers(t *testing.T) {
 		{"", []string{"image", "pull", "cut"}, exitUnreachable, []string{"ended in the middle"}, ""},
 		{"", []string{"image", "verify"}, exitDamaged, []string{"layer 2/2: damaged: 9 deviations", `"f": content`, "and 8 more", "1 images, 2 layers, 1.00 MiB read: 1 damaged"}, "1/2"},
 		{"", []string{"image", "verify", "--repair"}, 0, []string{"layer 2/2: repaired", "1 of them repaired"}, ""},
+		{"", []string{"ops"}, 0, []string{"60s    operation   run pod         shop/web? (0123456789ab)   network   50s   2", "3.0s   call        RunPodSandbox   shop/web"}, "\x1b"},
+		{"", []string{"ops", "--json", "--calls=false"}, 0, []string{`"step": "network"`, `"age": 60000000000`, `"waiters": 2`}, "RunPodSandbox"},
+		{"", []string{"ops", "--older", "1h"}, 0, []string{"nothing is under way"}, "web"},
+		{"", []string{"ops", "--older", "1h", "--json"}, 0, []string{"[]"}, "web"},
+		{"", []string{"ops", "--older", "soon"}, exitUsage, []string{"soon"}, ""},
 		{"", []string{"image", "pulls"}, exitFailed, []string{"418", "as new as berth"}, ""},
 	} {
 		out, errOut, code := command(t, c.in, append(c.args, "--socket", sock)...)

@@ -59,6 +59,10 @@ func init() {
 		{name: "registry explain", args: "IMAGE", least: 1, most: 1, short: "show where a pull would look, and with what", setup: registryExplain,
 			long:     "Prints the endpoints in the order in which they would be tried, with the files that decided so, credentials and TLS files. Nothing is pulled.",
 			examples: []string{"berth registry explain nginx", "berth registry explain --probe registry.example/app:1.2"}},
+		{name: "ops", short: "show what berthd is doing: which object, at which step, since when", setup: showOps,
+			long: "Calls are CRI requests that are not answered yet, operations the work that they wait for or have given up waiting for: such work goes on, and the next call joins it. " +
+				"Sessions are execs, attaches and port-forwards, background is what berthd does of itself. FOR is how long the step has lasted.",
+			examples: []string{"berth ops", "watch -n1 berth ops --calls=false", "berth ops --older 30s --json"}},
 		{name: "leaks", short: "list what belongs to berth and has no owner", setup: leaks,
 			long: "Processes, namespaces, mounts, control groups, addresses, rules of iptables, sockets, directories, layers and rows that no pod, container or image has, with the reason and the age. " +
 				"What operations under way are making is theirs. With --fix it is removed where that is safe. While berthd does not run, its program looks by itself, and no berthd can start meanwhile. " +

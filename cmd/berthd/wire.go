@@ -78,7 +78,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	stopAdmin, err := d.serveAdmin(ctx, parts{pods, images})
+	stopAdmin, err := d.serveAdmin(ctx, parts{pods, images}, edge)
 	if err != nil {
 		return err
 	}

@@ -28,6 +28,7 @@ type shelf struct {
 	mu     sync.Mutex
 	images map[string]imageservice.Image
 	pull   func(context.Context, string) (imageservice.Image, error)
+	ops    []api.Op
 }
 
 func (s *shelf) Get(ref string) (imageservice.Image, error) {
@@ -142,6 +143,7 @@ func (s *shelf) Export(_ context.Context, w io.Writer, refs []string, o imageser
 func serve(t *testing.T, s *shelf) (*http.Client, string) {
 	t.Helper()
 	srv, err := New(Deps{Images: s, Puller: s, Importer: s, Exporter: s, Verifier: s, Leaks: s.leaks, Version: "1.2.3",
+		Ops:    func() []api.Op { return s.ops },
 		Config: func() (map[string]any, string) { return map[string]any{"k": 1}, "k = 1\n" }})
 	if err != nil {
 		t.Fatal(err)
@@ -475,4 +477,23 @@ func asUser(uid int, f func() (string, error)) (got string, err error) {
 	}()
 	<-done
 	return got, err
+}
+
+// TestOps: pulls stand among the rest by their age, and nothing at all is an empty list.
+func TestOps(t *testing.T) {
+	needRoot(t)
+	s := &shelf{ops: []api.Op{{Kind: api.KindCall, What: "old", Age: time.Hour}, {Kind: api.KindCall, What: "new"}}}
+	c, _ := serve(t, s)
+	var got []api.Op
+	resp, err := c.Get("http://x" + api.PathOps)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(resp.Body).Decode(&got); err != nil {
+		t.Fatal(err)
+	}
+	if len(got) != 3 || got[0].What != "old" || got[1].Kind != api.KindPull || got[1].Object != "slow" || got[1].Step != "layers 1/2" || got[2].What != "new" {
+		t.Errorf("%+v", got)
+	}
 }

@@ -23,6 +23,7 @@ func (s *Server) routes() {
 	s.get(api.PathImages, s.images)
 	// What the image service tells is sent as it is: its JSON is that of package api.
 	s.get(api.PathPulls, func(*http.Request) (any, error) { return s.deps.Puller.Pulls(), nil })
+	s.get(api.PathOps, func(*http.Request) (any, error) { return s.ops(), nil })
 	s.get(api.PathExplain, s.explain)
 	post(s, api.PathRemove, s.remove)
 	post(s, api.PathPin, s.pin)

@@ -29,6 +29,7 @@ const (
 	PathPin     = "/v1/images/pin"    // POST PinRequest: Image
 	PathPull    = "/v1/images/pull"   // POST PullRequest: records
 	PathPulls   = "/v1/pulls"         // GET: []Pull
+	PathOps     = "/v1/ops"           // GET: []Op
 	PathExplain = "/v1/explain"       // GET ?ref=, and ?probe=1 to ask the registries: Plan
 	// POST with ?path=, an absolute path as the client's process sees it, or without it
 	// and the archive as the body; ?name=, ?pin=1: records.
@@ -157,6 +158,35 @@ type Layer struct {
 	Disk       time.Duration `json:"disk"`
 	Problem    string        `json:"problem"`
 }
+
+// Op is something that berthd is doing. Durations are in nanoseconds and right whatever was
+// done to the clock.
+type Op struct {
+	Kind   string `json:"kind"`             // one of the Kind constants
+	What   string `json:"what"`             // "run pod"; of a call its method
+	Object string `json:"object,omitempty"` // an ID, or the reference of an image
+	Name   string `json:"name,omitempty"`   // "namespace/pod" or "namespace/pod/container"
+	// Step is what is being done of it, such as "network" or "layers 3/8".
+	Step    string        `json:"step,omitempty"`
+	Began   time.Time     `json:"began,omitzero"`
+	Age     time.Duration `json:"age"`
+	StepAge time.Duration `json:"stepAge"` // of a call the same as Age
+	// Waiters is the number of callers of an operation or pull, which goes on without any;
+	// 0 for all else.
+	Waiters int `json:"waiters"`
+	// Call is the number of a call in berthd's log.
+	Call string `json:"call,omitempty"`
+}
+
+// The kinds of what is under way.
+const (
+	KindCall       = "call"       // a CRI request that is not answered yet
+	KindSession    = "session"    // a connection of exec, attach or port-forward
+	KindOperation  = "operation"  // work on a pod or container, with steps
+	KindPull       = "pull"       // of an image, or the import of an archive
+	KindBackground = "background" // what nobody called for
+	KindUnfinished = "unfinished" // by the book, while no berthd runs: the next one takes it up
+)
 
 // Plan is what a pull would try, in order.
 type Plan struct {
