@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"net/http"
@@ -17,24 +19,54 @@ func showOps(a *app, fs *flag.FlagSet) func(context.Context, []string) error {
 	older := fs.Duration("older", 0, "leave out what has lasted for less than this `time`, such as 10s")
 	calls := fs.Bool("calls", true, "show CRI calls, too, and not only the work that they wait for")
 	return func(ctx context.Context, _ []string) error {
-		c, err := a.client()
-		if err != nil {
-			return err
-		}
-		list := []api.Op{}
-		if err := c.ask(ctx, http.MethodGet, api.PathOps, nil, nil, &list); err != nil {
-			return err
+		list, down := a.askOps(ctx)
+		if down != nil && list == nil {
+			return down
 		}
 		list = slices.DeleteFunc(list, func(o api.Op) bool { return o.Age < *older || !*calls && o.Kind == api.KindCall })
-		if a.json {
-			return a.printJSON(list)
+		var err error
+		switch {
+		case a.json:
+			err = a.printJSON(list)
+		case len(list) > 0:
+			err = a.opsTable(list)
+		case down == nil:
+			_, err = fmt.Fprintln(a.out, "nothing is under way")
+		default:
+			_, err = fmt.Fprintln(a.out, "nothing was left unfinished")
 		}
-		if len(list) == 0 {
-			_, err := fmt.Fprintln(a.out, "nothing is under way")
-			return err
-		}
-		return a.opsTable(list)
+		return errors.Join(err, down)
 	}
+}
+
+// askOps is what is under way or, if no berthd runs and the user did not name a socket,
+// what the book has as unfinished, with the error that tells of that.
+func (a *app) askOps(ctx context.Context) ([]api.Op, error) {
+	c, err := a.client()
+	if err != nil {
+		return nil, err
+	}
+	list := []api.Op{}
+	err = c.ask(ctx, http.MethodGet, api.PathOps, nil, nil, &list)
+	if err == nil {
+		return list, nil
+	}
+	if !errors.Is(err, errDown) || a.socket != "" {
+		return nil, err
+	}
+	var out bytes.Buffer
+	if e := a.runBerthd(ctx, &out, append([]string{"--inspect", "ops"}, configFlag(a.config)...)...); e != nil {
+		return nil, err // it said why
+	}
+	e := records(ctx, &out, func(r api.Record) {
+		if r.Op != nil {
+			list = append(list, *r.Op)
+		}
+	})
+	if e != nil {
+		return nil, fmt.Errorf("%w; its book: %w", err, e)
+	}
+	return list, err
 }
 
 func (a *app) opsTable(list []api.Op) error {
@@ -51,10 +83,14 @@ func (a *app) opsTable(list []api.Op) error {
 			waiters = strconv.Itoa(o.Waiters)
 		}
 		during := showAge(o.StepAge)
-		if step == "" {
+		if step == "" || o.Kind == api.KindUnfinished {
 			during = ""
 		}
-		t.row(showAge(o.Age), o.Kind, o.What, object, step, during, waiters)
+		age := showAge(o.Age)
+		if o.Began.IsZero() && o.Kind == api.KindUnfinished {
+			age = "-"
+		}
+		t.row(age, o.Kind, o.What, object, step, during, waiters)
 	}
 	return t.flush()
 }

@@ -61,7 +61,7 @@ func init() {
 			examples: []string{"berth registry explain nginx", "berth registry explain --probe registry.example/app:1.2"}},
 		{name: "ops", short: "show what berthd is doing: which object, at which step, since when", setup: showOps,
 			long: "Calls are CRI requests that are not answered yet, operations the work that they wait for or have given up waiting for: such work goes on, and the next call joins it. " +
-				"Sessions are execs, attaches and port-forwards, background is what berthd does of itself. FOR is how long the step has lasted.",
+				"Sessions are execs, attaches and port-forwards, background is what berthd does of itself. FOR is how long the step has lasted. While no berthd runs, it is what the book has as begun and not as done: the next berthd undoes or finishes that.",
 			examples: []string{"berth ops", "watch -n1 berth ops --calls=false", "berth ops --older 30s --json"}},
 		{name: "leaks", short: "list what belongs to berth and has no owner", setup: leaks,
 			long: "Processes, namespaces, mounts, control groups, addresses, rules of iptables, sockets, directories, layers and rows that no pod, container or image has, with the reason and the age. " +

@@ -56,7 +56,12 @@ func inspect(src source, what string, mend bool, stdout, stderr io.Writer) error
 	defer stop()
 	enc := json.NewEncoder(stdout)
 	last := api.Record{Done: true}
-	err := inspectTo(ctx, src, what, mend, stderr, func(f api.Finding) { _ = enc.Encode(api.Record{Finding: &f}) })
+	var err error
+	if what == "ops" {
+		err = unfinished(src, func(r api.Record) { _ = enc.Encode(r) })
+	} else {
+		err = inspectTo(ctx, src, what, mend, stderr, func(f api.Finding) { _ = enc.Encode(api.Record{Finding: &f}) })
+	}
 	if err != nil {
 		last.Error = &api.Error{Code: api.CodeFailed, Text: err.Error()}
 	}
@@ -65,7 +70,7 @@ func inspect(src source, what string, mend bool, stdout, stderr io.Writer) error
 
 func inspectTo(ctx context.Context, src source, what string, mend bool, stderr io.Writer, tell func(api.Finding)) error {
 	if what != "leaks" {
-		return fmt.Errorf("--inspect %q: want leaks", what)
+		return fmt.Errorf("--inspect %q: want leaks or ops", what)
 	}
 	c, err := src.load()
 	if err != nil {

@@ -309,6 +309,7 @@ type Record struct {
 	Layer   *LayerReport `json:"layer,omitempty"`
 	Summary *Summary     `json:"summary,omitempty"`
 	Finding *Finding     `json:"finding,omitempty"`
+	Op      *Op          `json:"op,omitempty"`
 	// Done marks the last record.
 	Done bool `json:"done,omitempty"`
 	// Error says why the work, or before the last record a part of it, failed.
