@@ -167,6 +167,12 @@ func (s *Service) updateResources(ctx context.Context, o *op, id string, ch chan
 	rt := s.runtimeOfContainer(c)
 	res.Devices = nil // device rules are not part of an update
 	addBeyondCRI(res, ch.beyond)
+	if res.Memory != nil && ch.update.GetMemoryLimitInBytes() > 0 {
+		// Of itself cgroup v2 takes a limit below what is used, and kills for it;
+		// v1 refuses it.
+		check := true
+		res.Memory.CheckBeforeUpdate = &check
+	}
 	err = o.steps(ctx, []step{
 		{"update", func(ctx context.Context) error { return rt.update(ctx, id, res) }},
 		{"record", func(context.Context) error {

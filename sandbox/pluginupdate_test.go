@@ -50,7 +50,7 @@ func updates(t *testing.T) (s *Service, p *sayer, own, other string, fail string
 	dir := t.TempDir()
 	fail = filepath.Join(dir, "fail")
 	bin := program(t, filepath.Join(dir, "runc"), "runc version 1.9.1",
-		fmt.Sprintf("case \"$*\" in *\" update \"*) for id; do :; done; ! grep -q $id %s 2>/dev/null; exit;; esac", fail))
+		fmt.Sprintf("case \"$*\" in *\" update \"*) for id; do :; done; cat >%s.$id; ! grep -q $id %[1]s 2>/dev/null; exit;; esac", fail))
 	s = &Service{ctx: t.Context(), book: mustBook(t), ops: newOps(), live: newLive(), stats: newStatsCache(), wake: make(chan struct{}, 1),
 		cfg: Config{RunDir: dir, StateDir: dir, ContainerTimeout: time.Minute, DefaultRuntime: "runc", CgroupDriver: cgroup.Cgroupfs}}
 	s.runtimes = map[string]ociRuntime{"runc": {prober: newProber(s.ctx, "runc", bin), root: dir, driver: cgroup.Cgroupfs}}
@@ -119,6 +119,32 @@ func TestUpdateWithPlugins(t *testing.T) {
 				t.Errorf("plugins were told %q", p.news)
 			}
 		})
+	}
+}
+
+// A limit of memory is not set below what is used, which would kill; other limits
+// are no business of that.
+func TestUpdateBelowUsage(t *testing.T) {
+	for _, tc := range []struct {
+		update *runtime.LinuxContainerResources
+		want   bool
+	}{
+		{&runtime.LinuxContainerResources{MemoryLimitInBytes: 1 << 20}, true},
+		{&runtime.LinuxContainerResources{CpuShares: 10}, false},
+		{&runtime.LinuxContainerResources{MemoryLimitInBytes: -1}, false},
+	} {
+		s, _, own, _, fail := updates(t)
+		s.deps.Plugins = nil
+		if err := s.UpdateResources(t.Context(), &runtime.UpdateContainerResourcesRequest{ContainerId: own, Linux: tc.update}); err != nil {
+			t.Fatal(err)
+		}
+		text, err := os.ReadFile(fail + "." + own)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Contains(string(text), `"checkBeforeUpdate":true`); got != tc.want {
+			t.Errorf("%v: the runtime is told %s, want a check: %v", tc.update, text, tc.want)
+		}
 	}
 }
 
