@@ -57,7 +57,7 @@ func TestAppArmorCheck(t *testing.T) {
 		t.Errorf("the parser was given %q, %v", b, err)
 	}
 	mustWrite(t, parser, "#!/bin/sh\necho no such rule >&2; exit 1\n")
-	if _, err := a.check(t.Context(), defaultProfile); err == nil || !strings.Contains(err.Error(), "no such rule") {
+	if _, err := a.check(t.Context(), defaultProfile); err == nil || !strings.Contains(err.Error(), "apparmor_parser: exit status 1: no such rule") {
 		t.Errorf("a parser that fails: %v", err)
 	}
 	mustWrite(t, a.list, defaultProfile+" (enforce)\n")

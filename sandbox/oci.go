@@ -148,14 +148,15 @@ func output(ctx context.Context, stdin []byte, name string, args ...string) ([]b
 	var out, errOut limitedBuffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	err := cmd.Run()
+	what := strings.TrimSpace(filepath.Base(name) + " " + verbOf(args))
 	if ctx.Err() != nil {
-		return nil, fmt.Errorf("%s %s: %w", filepath.Base(name), verbOf(args), context.Cause(ctx))
+		return nil, fmt.Errorf("%s: %w", what, context.Cause(ctx))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%s %s: %w: %s", filepath.Base(name), verbOf(args), err, lastLine(errOut.Bytes()))
+		return nil, fmt.Errorf("%s: %w: %s", what, err, lastLine(errOut.Bytes()))
 	}
 	if out.cut {
-		return nil, fmt.Errorf("%s %s: output exceeds %d bytes", filepath.Base(name), verbOf(args), maxRuntimeText)
+		return nil, fmt.Errorf("%s: output exceeds %d bytes", what, maxRuntimeText)
 	}
 	return out.Bytes(), nil
 }
