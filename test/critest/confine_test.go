@@ -1,7 +1,9 @@
 package critest
 
 import (
+	"fmt"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -17,13 +19,28 @@ func oldAppArmor(s string) edit {
 	return security(func(c *sctx) { c.ApparmorProfile = s }) //nolint:staticcheck // that it still works is what is tested
 }
 
+// appArmorParser returns the program that loads profiles, "" where AppArmor is off
+// or nothing can be loaded.
+func appArmorParser() string {
+	if state, err := os.ReadFile("/sys/module/apparmor/parameters/enabled"); err != nil || !strings.HasPrefix(string(state), "Y") {
+		return ""
+	}
+	for _, name := range []string{"apparmor_parser", "/sbin/apparmor_parser"} {
+		if path, err := exec.LookPath(name); err == nil {
+			return path
+		}
+	}
+	return ""
+}
+
+const ownProfile = "cat /proc/self/attr/apparmor/current 2>/dev/null || echo none"
+
 // TestAppArmor: a profile by name is used or refused, never ignored; the default
 // one is used where there is AppArmor.
 func TestAppArmor(t *testing.T) {
 	b := open(t)
 	p := b.pod()
-	state, err := os.ReadFile("/sys/module/apparmor/parameters/enabled")
-	on := err == nil && strings.HasPrefix(string(state), "Y")
+	on := appArmorParser() != ""
 	for name, e := range map[string]edit{
 		"default":        appArmor(runtime.SecurityProfile_RuntimeDefault, ""),
 		"nothing":        func(*runtime.ContainerConfig) {},
@@ -31,7 +48,7 @@ func TestAppArmor(t *testing.T) {
 		"unconfined":     appArmor(runtime.SecurityProfile_Unconfined, ""),
 		"old unconfined": oldAppArmor("unconfined"),
 	} {
-		got := p.output(sh("cat /proc/self/attr/apparmor/current 2>/dev/null || echo none"), e)
+		got := p.output(sh(ownProfile), e)
 		confined := strings.Contains(got, "(enforce)")
 		if want := on && !strings.Contains(name, "unconfined"); confined != want {
 			t.Errorf("%s: confined by %q, want it confined: %v", name, got, want)
@@ -44,6 +61,56 @@ func TestAppArmor(t *testing.T) {
 	got := p.output(sh("echo runs"), oldAppArmor("localhost/critest-none"), appArmor(runtime.SecurityProfile_Unconfined, ""))
 	if got != "runs\n" {
 		t.Errorf("both fields: %q", got)
+	}
+}
+
+// TestAppArmorEnforced: what a profile forbids does not work, also for an exec and
+// with the capability for it.
+func TestAppArmorEnforced(t *testing.T) {
+	b := open(t)
+	parser := appArmorParser()
+	if parser == "" {
+		t.Skip("AppArmor is off, or has no parser")
+	}
+	name := fmt.Sprintf("critest-%d", os.Getpid())
+	profile := "profile " + name + " flags=(attach_disconnected,mediate_deleted) {\n file,\n capability,\n network,\n signal,\n ptrace,\n deny /tmp/denied* w,\n}\n"
+	load := func(verb string) {
+		cmd := exec.Command(parser, verb, "--skip-cache")
+		cmd.Stdin = strings.NewReader(profile)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s profile: %v: %s", verb, err, out)
+		}
+	}
+	load("--replace")
+	t.Cleanup(func() { load("--remove") })
+	const try = "touch /tmp/denied1 2>/dev/null || echo denied; touch /tmp/other && echo allowed; " + ownProfile
+	p := b.pod()
+	for what, e := range map[string]edit{
+		"profile": appArmor(runtime.SecurityProfile_Localhost, name), "old field": oldAppArmor("localhost/" + name),
+	} {
+		c := p.run(sh(try+"; sleep 300"), e)
+		want := "denied\nallowed\n" + name + " (enforce)\n"
+		c.sees(name)
+		if got := c.text(); got != want {
+			t.Errorf("%s: got %q, want %q", what, got, want)
+		}
+		if got := c.exec("sh", "-c", try); got != want {
+			t.Errorf("%s: exec got %q, want %q", what, got, want)
+		}
+		c.stop(0)
+	}
+	admin := security(func(s *sctx) { s.Capabilities = &runtime.Capability{AddCapabilities: []string{"SYS_ADMIN"}} })
+	const mount = "mkdir -p /tmp/m && mount -t tmpfs x /tmp/m 2>/dev/null && echo mounted || echo denied"
+	for what, tc := range map[string]struct {
+		e    edit
+		want string
+	}{
+		"default profile": {appArmor(runtime.SecurityProfile_RuntimeDefault, ""), "denied\n"},
+		"unconfined":      {appArmor(runtime.SecurityProfile_Unconfined, ""), "mounted\n"},
+	} {
+		if got := p.output(sh(mount), admin, tc.e); got != tc.want {
+			t.Errorf("mount with %s: %q, want %q", what, got, tc.want)
+		}
 	}
 }
 
