@@ -17,6 +17,7 @@ import (
 
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/stub"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -197,8 +198,11 @@ func TestPluginBadAdjustments(t *testing.T) {
 		}
 	}
 	bad = func(a *api.ContainerAdjustment) { a.SetLinuxCgroupsPath(b.parent + "/elsewhere") }
-	moved := p.run(sh("cat /proc/self/cgroup; sleep 300"))
-	moved.sees(b.parent + "/elsewhere")
+	moved := p.run(sh("sleep 300"))
+	// From outside: on cgroup v2 a container has a cgroup namespace.
+	if groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", moved.pid())); err != nil || !strings.Contains(string(groups), b.parent+"/elsewhere\n") {
+		t.Errorf("control groups %s, %v; want %s", groups, err, b.parent+"/elsewhere")
+	}
 	moved.stop(0)
 }
 
@@ -497,11 +501,13 @@ func TestPluginRestart(t *testing.T) {
 	b := open(t).own("")
 	first := b.plug("10", &plugin{})
 	p := b.pod()
-	lives, ends := p.run(sh("sleep 300")), p.run(sh("sleep 1.5"))
+	lives, ends := p.run(sh("sleep 300")), p.run(sh("sleep 300"))
 	gone := p.run(sh("true"))
 	b.hears(first, gone.id, "create", "postcreate", "start", "poststart", "stop")
+	pid := ends.pid()
 	b.must(b.node.Kill())
-	time.Sleep(2 * time.Second)
+	b.must(unix.Kill(pid, unix.SIGKILL))
+	b.until("end of a container without a daemon", func() bool { return unix.Kill(pid, 0) != nil })
 	b.must(b.node.Start(b.ctx))
 	plug := b.plug("10", &plugin{})
 	b.hears(plug, ends.id, "sync", "stop")
