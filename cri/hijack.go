@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/http"
 	"sync"
-	"time"
 )
 
 // hijacker is a ResponseWriter whose connection, once it is taken over, belongs
@@ -28,7 +27,7 @@ func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		conn.Close()
 		return nil, nil, err
 	}
-	h.x.last.Store(time.Now().UnixNano())
+	h.x.last.Store(int64(uptime()))
 	from := io.Reader(conn)
 	if len(early) > 0 {
 		from = io.MultiReader(bytes.NewReader(bytes.Clone(early)), conn)
@@ -73,7 +72,7 @@ func (c *sessionConn) Write(p []byte) (int, error) {
 
 func (c *sessionConn) done(n int, err error) {
 	if n > 0 {
-		c.x.last.Store(time.Now().UnixNano())
+		c.x.last.Store(int64(uptime()))
 	}
 	if err != nil {
 		c.x.close()

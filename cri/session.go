@@ -277,6 +277,12 @@ func (t *streamServer) run(w http.ResponseWriter, r *http.Request, x *session, r
 	}
 }
 
+// uptime is a clock that nobody sets: a session is not idle because the machine's
+// clock was a year behind.
+func uptime() time.Duration { return time.Since(started) }
+
+var started = time.Now()
+
 // session is one client's connection.
 type session struct {
 	cancel context.CancelFunc
@@ -285,7 +291,7 @@ type session struct {
 	from   *aheadReader // that reads conn
 	ahead  *atomic.Int64
 	closed bool
-	last   atomic.Int64 // when something was sent either way, in Unix ns
+	last   atomic.Int64 // when something was sent either way, on uptime's clock
 	shut   int          // how often in a row check found that the client has closed
 }
 
@@ -321,7 +327,7 @@ func (x *session) check(idle time.Duration) {
 	} else {
 		x.shut = 0
 	}
-	if x.shut >= 2 || time.Since(time.Unix(0, x.last.Load())) > idle {
+	if x.shut >= 2 || uptime()-time.Duration(x.last.Load()) > idle {
 		x.close()
 	}
 }

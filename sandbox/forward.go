@@ -114,11 +114,15 @@ func (s *Service) dialPod(ctx context.Context, p *pod, port int32) (*net.TCPConn
 // splice copies in both directions until both have ended.
 func splice(ctx context.Context, conn *net.TCPConn, stream io.ReadWriteCloser) {
 	up, down := make(chan struct{}), make(chan struct{})
+	// By a clock that nobody sets. What was never sent is long ago.
+	begun := time.Now()
 	var lastUp atomic.Int64
+	lastUp.Store(int64(-clientIdle))
+	quiet := func() time.Duration { return time.Since(begun) - time.Duration(lastUp.Load()) }
 	var half atomic.Bool // the client has ended its side
 	go func() {
 		defer close(up)
-		pump(conn, stream, func() { lastUp.Store(time.Now().UnixNano()) })
+		pump(conn, stream, func() { lastUp.Store(int64(time.Since(begun))) })
 		conn.CloseWrite()
 		half.Store(true)
 		conn.SetReadDeadline(time.Now().Add(podIdle))
@@ -134,7 +138,7 @@ func splice(ctx context.Context, conn *net.TCPConn, stream io.ReadWriteCloser) {
 	}()
 	<-down // also when ctx ends, as conn is closed then
 	for ctx.Err() == nil {
-		since := time.Since(time.Unix(0, lastUp.Load()))
+		since := quiet()
 		wait := clientIdle
 		if since < clientIdle {
 			wait = clientIdle - since
@@ -144,7 +148,7 @@ func splice(ctx context.Context, conn *net.TCPConn, stream io.ReadWriteCloser) {
 			return
 		case <-ctx.Done():
 		case <-time.After(wait):
-			if time.Since(time.Unix(0, lastUp.Load())) >= clientIdle {
+			if quiet() >= clientIdle {
 				// A SPDY stream is read on until it is reset.
 				if r, ok := stream.(interface{ Reset() error }); ok {
 					r.Reset()

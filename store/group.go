@@ -2,7 +2,11 @@ package store
 
 import (
 	"fmt"
+	"runtime/debug"
 	"sync"
+
+	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 )
 
 // group makes one commit out of the Updates that arrive while another commit
@@ -15,6 +19,7 @@ type group struct {
 	waiting []*call
 
 	reserved int64 // bytes of the file known to be allocated; the leader's alone
+	broken   error // why there can be no transaction any more; the leader's alone
 }
 
 // call is one Update under way.
@@ -104,7 +109,8 @@ func (s *Store) commit(batch []*call) (found []unreadable) {
 // the index is that of the call whose function failed, or -1 if it was the
 // database.
 func (s *Store) attempt(batch []*call, found *[]unreadable) (failed int, err error) {
-	tx, err := s.db.Begin(true)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	tx, err := s.begin()
 	if err != nil {
 		return -1, fmt.Errorf("book %s: %w", s.path, err)
 	}
@@ -112,7 +118,7 @@ func (s *Store) attempt(batch []*call, found *[]unreadable) (failed int, err err
 	defer func() { *found = append(*found, t.unreadable...) }()
 	for i, c := range batch {
 		if err := c.run(t); err != nil {
-			_ = tx.Rollback() // its only error is that the transaction has ended
+			s.rollback(tx)
 			return i, err
 		}
 	}
@@ -122,16 +128,64 @@ func (s *Store) attempt(batch []*call, found *[]unreadable) (failed int, err err
 	return 0, nil
 }
 
+// begin begins a transaction. bbolt does not give its lock back when that fails in
+// the middle: a next one would wait for ever.
+func (s *Store) begin() (tx *bbolt.Tx, err error) {
+	if s.group.broken != nil {
+		return nil, s.group.broken
+	}
+	defer func() {
+		if p := recover(); p != nil {
+			err = panicked(p)
+			s.group.broken = err
+		}
+	}()
+	return s.db.Begin(true)
+}
+
+// rollback gives a transaction up.
+func (s *Store) rollback(tx *bbolt.Tx) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.group.broken = panicked(p)
+		}
+	}()
+	_ = tx.Rollback() // its only error is that the transaction has ended
+}
+
 // run calls the function and keeps its panic for the goroutine that it belongs
 // to.
 func (c *call) run(t *Tx) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			c.panic = p
-			err = fmt.Errorf("panic: %v", p)
+			if err = fault(p); err == nil {
+				c.panic = p
+				err = fmt.Errorf("panic: %v", p)
+			}
 		}
 	}()
 	return c.fn(t)
+}
+
+// fault is the error for a panic that came of reading a page of the file that the
+// disk does not give, nil for any other. The file is mapped, so what is EIO
+// elsewhere is a signal here, which would end the daemon.
+func fault(p any) error {
+	if f, ok := p.(interface {
+		error
+		Addr() uintptr
+	}); ok {
+		return fmt.Errorf("page of the file not readable: %w (%w)", unix.EIO, f)
+	}
+	return nil
+}
+
+// panicked is the error for a panic of bbolt.
+func panicked(p any) error {
+	if err := fault(p); err != nil {
+		return err
+	}
+	return fmt.Errorf("%w: %v", ErrCorrupt, p)
 }
 
 // finish commits. bbolt panics when it meets pages that contradict each other;
@@ -139,8 +193,8 @@ func (c *call) run(t *Tx) (err error) {
 func (s *Store) finish(t *Tx) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			_ = t.tx.Rollback()
-			err = fmt.Errorf("%w: %v", ErrCorrupt, p)
+			s.rollback(t.tx)
+			err = panicked(p)
 		}
 	}()
 	return t.tx.Commit()

@@ -3,6 +3,7 @@ package store
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math"
 	"os"
@@ -32,11 +33,17 @@ var lockTimeout = 5 * time.Second
 
 // Open opens the book, or begins it with mode 0600 in a directory that exists.
 // It waits 5 s for another process to let go of it, then fails with ErrLocked
-// and the name of that process. A file that is not a consistent database is
+// and the name of that process, unless that was killed and cannot end: then a copy
+// takes the place of the file. A file that is not a consistent database is
 // renamed to <path>.corrupt-<unixnano> and a new book is begun; see Rebuilt and
 // Quarantined. A book by a newer berth gives ErrNewer.
 func Open(path string) (*Store, error) {
 	s, err := open(path)
+	if errors.Is(err, ErrLocked) && abandoned(path) {
+		if err = takeOver(path); err == nil {
+			s, err = open(path)
+		}
+	}
 	if errors.Is(err, ErrCorrupt) {
 		var aside string
 		if aside, err = setAside(path, err); err == nil {
@@ -242,6 +249,42 @@ func setAside(path string, why error) (string, error) {
 		}
 		return putQuarantined(tx.tx, quarantined{Quarantine: Quarantine{Reason: why.Error(), File: aside, At: now}})
 	})
+}
+
+// takeOver puts a copy in the place of a book whose holder will never write again,
+// and never unlock it either. It is as after a crash.
+func takeOver(path string) (err error) {
+	// One at a time. Who comes later finds a file that nobody has abandoned.
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("%w%s", ErrLocked, holder(dir.Name()))
+	}
+	if !abandoned(path) {
+		return nil
+	}
+	from, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	tmp := path + ".copy"
+	to, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp)
+	_, err = io.Copy(to, from)
+	if err = errors.Join(err, to.Sync(), to.Close()); err == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err != nil {
+		return fmt.Errorf("copy of one whose holder cannot end%s: %w", holder(path), err)
+	}
+	return dir.Sync()
 }
 
 func syncDir(dir string) error {

@@ -49,11 +49,18 @@
 // need. As bbolt writes changed pages into free ones, removing rows works on a
 // full disk, and so does adding some. On file systems that write every block
 // anew (btrfs, or loop files on one) the allocation cannot promise this.
+//
+// # Broken disks
+//
+// A page that the disk does not give is an error with EIO in it, of the View or
+// Update that wanted it. When bbolt itself cannot go on after it, each later Update
+// fails with that error, until the book is opened again.
 package store
 
 import (
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"sync"
 
 	"go.etcd.io/bbolt"
@@ -101,9 +108,18 @@ func (tx *Tx) OnCommit(fn func()) { tx.tx.OnCommit(fn) }
 
 // View runs fn on the book as of the last commit. It neither waits for a commit
 // in progress nor delays one. The error is that of fn.
-func (s *Store) View(fn func(*Tx) error) error {
+func (s *Store) View(fn func(*Tx) error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			if err = fault(p); err == nil {
+				panic(p)
+			}
+			err = fmt.Errorf("book %s: %w", s.path, err)
+		}
+	}()
 	var t *Tx
-	err := s.db.View(func(b *bbolt.Tx) error {
+	err = s.db.View(func(b *bbolt.Tx) error {
 		t = &Tx{tx: b}
 		return fn(t)
 	})

@@ -782,6 +782,84 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
+// TestUnreadablePages: pages that the disk does not give, as beyond the end of a
+// file that somebody has cut off, are errors and neither the end of the process nor
+// of those that come later.
+func TestUnreadablePages(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "book.db")
+	s, err := Open(path) // not mustOpen, which wants it whole at the end
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	key := func(i int) string { return fmt.Sprintf("k%04d", i) }
+	const rows = 3000
+	err = s.Update(func(tx *Tx) error {
+		for i := range rows {
+			if err := pods.Put(tx, key(i), pod{Name: strings.Repeat("x", 1000)}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, 64<<10); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.View(func(tx *Tx) error { return pods.Each(tx, func(string, pod) error { return nil }) }); !errors.Is(err, unix.EIO) {
+		t.Errorf("read: %v, want EIO", err)
+	}
+	for i := range rows { // among them the first and last ones, and each on a page of its own or with neighbours
+		if i%500 != 0 {
+			continue
+		}
+		for name, fn := range map[string]func(*Tx) error{
+			"put":    func(tx *Tx) error { return pods.Put(tx, key(i), pod{Name: "y"}) },
+			"delete": func(tx *Tx) error { return pods.Delete(tx, key(i)) },
+			"get":    func(tx *Tx) error { _, err := pods.Get(tx, key(i)); return err },
+		} {
+			if err := s.Update(fn); !errors.Is(err, unix.EIO) {
+				t.Errorf("%s of row %d: %v, want EIO", name, i, err)
+			}
+		}
+	}
+}
+
+// A fault in the middle of bbolt's own bookkeeping leaves its lock taken.
+func TestBrokenForGood(t *testing.T) {
+	s := mustOpen(t, filepath.Join(t.TempDir(), "book.db"))
+	s.group.broken = unix.EIO
+	for range 2 {
+		if err := s.Update(func(*Tx) error { return nil }); !errors.Is(err, unix.EIO) || !strings.Contains(err.Error(), s.path) {
+			t.Errorf("update: %v, want EIO and the book's path", err)
+		}
+	}
+}
+
+func TestDoomed(t *testing.T) {
+	for _, tc := range []struct {
+		name, status string
+		want         bool
+	}{
+		{"zombie", "Name:\tberthd\nState:\tZ (zombie)\nSigPnd:\t0000000000000000\nShdPnd:\t0000000000000100\n", true},
+		{"killed, and waiting", "Name:\tberthd\nState:\tD (disk sleep)\nSigPnd:\t0000000000000100\nShdPnd:\t0000000000000100\n", true},
+		{"waiting", "Name:\tberthd\nState:\tD (disk sleep)\nSigPnd:\t0000000000000000\n", false},
+		{"SIGTERM and SIGHUP", "State:\tS (sleeping)\nSigPnd:\t0000000000004001\n", false},
+		{"a name that looks like it", "Name:\tState:\tZ\nState:\tR (running)\nSigPnd:\t0000000000000000\n", false},
+		{"no number", "State:\tS (sleeping)\nSigPnd:\t?\n", false},
+		{"nothing", "", false},
+	} {
+		if got := doomed(tc.status); got != tc.want {
+			t.Errorf("%s: %v, want %v", tc.name, got, tc.want)
+		}
+	}
+	if dying(os.Getpid()) || dying(1) || dying(1<<30) {
+		t.Error("a process that lives, or none, is taken for one that was killed")
+	}
+}
+
 // fill writes until the file system has no byte left.
 func fill(t *testing.T, path string) {
 	t.Helper()

@@ -143,7 +143,7 @@ func (p *Pins) create(ctx context.Context, id string, fill func() error) error {
 	} else if err != nil {
 		return fmt.Errorf("pins %s: %w", id, err)
 	}
-	if err := onThread(fill); err != nil {
+	if err := OnThread(fill); err != nil {
 		return errors.Join(fmt.Errorf("pins %s: %w", id, err), p.Destroy(id))
 	}
 	return nil
@@ -269,7 +269,7 @@ func (p *Pins) Do(id string, k Kind, fn func() error) error {
 	if !p.Pinned(id, k) {
 		return fmt.Errorf("pins %s: %s: %w", id, k, ErrNotPinned)
 	}
-	return onThread(func() error {
+	return OnThread(func() error {
 		if err := p.enter(id, k, flag); err != nil {
 			return fmt.Errorf("pins %s: enter %s namespace: %w", id, k, err)
 		}
@@ -288,7 +288,7 @@ func (p *Pins) Each(ids []string, k Kind, fn func(id string)) error {
 	if len(ids) == 0 {
 		return nil
 	}
-	return onThread(func() error {
+	return OnThread(func() error {
 		var errs []error
 		for _, id := range ids {
 			err := p.enter(id, k, flag)

@@ -9,18 +9,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errAborted is what onThread returns when fn left by runtime.Goexit.
+// errAborted is what OnThread returns when fn left by runtime.Goexit.
 var errAborted = errors.New("function ended without returning")
 
-// onThread runs fn on an operating-system thread of its own and waits for it. The
+// OnThread runs fn on an operating-system thread of its own and waits for it. The
 // thread ends with fn: a goroutine that exits while locked takes its thread
-// along, and with it whatever fn did to the thread's namespaces.
+// along, and with it whatever fn did to the thread's namespaces and descriptors.
 //
 // The process's first thread is the exception. The runtime cannot end it and
 // would park it as fn left it, and /proc/<pid>/ns would then show the
 // namespaces of some pod as the daemon's. So when the scheduler offers that
 // thread, it is held (and later released untouched) while fn runs on another.
-func onThread(fn func() error) error {
+func OnThread(fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		err := errAborted
@@ -28,7 +28,7 @@ func onThread(fn func() error) error {
 		runtime.LockOSThread()
 		if unix.Gettid() == os.Getpid() {
 			defer runtime.UnlockOSThread()
-			err = onThread(fn)
+			err = OnThread(fn)
 			return
 		}
 		err = fn()

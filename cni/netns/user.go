@@ -90,7 +90,7 @@ func setnsEach(pid int, kinds []Kind) error {
 
 // Open returns a user namespace that lives as long as the file.
 func (u UserSpec) Open() (f *os.File, err error) {
-	err = onThread(func() error {
+	err = OnThread(func() error {
 		return u.hold(0, func(pid int) error {
 			f, err = os.Open("/proc/" + strconv.Itoa(pid) + "/ns/user")
 			return err

@@ -315,6 +315,14 @@ func (n *Node) Kill() error {
 	return nil
 }
 
+// Abandon kills berthd with SIGKILL and does not wait for its end, which may be
+// long in coming when a file system does not answer. It may be started again.
+func (n *Node) Abandon() error {
+	err := n.Signal(syscall.SIGKILL)
+	n.cmd = nil
+	return err
+}
+
 // Ended tells whether berthd is not there, also when it ended by itself. It may
 // be started then.
 func (n *Node) Ended() bool {
