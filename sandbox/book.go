@@ -11,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/berthd/berth/store"
 )
 
@@ -32,8 +34,7 @@ type book struct {
 	rows [256]sync.Mutex
 	seed maphash.Seed
 
-	mu   sync.Mutex // for publishing
-	last int64      // the newest creation time, under mu
+	mu sync.Mutex // for publishing
 
 	events *hub
 }
@@ -50,14 +51,6 @@ func (b *book) row(id string) *sync.Mutex {
 	return &b.rows[maphash.String(b.seed, id)%uint64(len(b.rows))]
 }
 
-// now returns a creation time later than every other one.
-func (b *book) now() int64 {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.last = after(b.last)
-	return b.last
-}
-
 // load reads every row. Those that cannot be decoded are moved to quarantine, by
 // the store or here, and left out.
 func (b *book) load() error {
@@ -70,7 +63,6 @@ func (b *book) load() error {
 				return nil
 			}
 			v.pods[r.ID] = p
-			b.last = max(b.last, r.Created)
 			b.events.clock.atLeast(r.Created)
 			return nil
 		})
@@ -84,7 +76,6 @@ func (b *book) load() error {
 				return nil
 			}
 			v.containers[r.ID] = c
-			b.last = max(b.last, r.Created)
 			b.events.clock.atLeast(max(r.Created, r.Started, r.Finished))
 			return nil
 		})
@@ -108,6 +99,26 @@ func (v *view) index() {
 	for _, l := range v.byPod {
 		sortContainers(l)
 	}
+}
+
+// newestAttempt is when the newest attempt of a pod was made, 0 for none.
+func (v *view) newestAttempt(cfg *runtime.PodSandboxConfig) (newest int64) {
+	m := cfg.GetMetadata()
+	for _, p := range v.pods {
+		if o := p.config.GetMetadata(); o.GetUid() == m.GetUid() && o.GetName() == m.GetName() && o.GetNamespace() == m.GetNamespace() {
+			newest = max(newest, p.Created)
+		}
+	}
+	return newest
+}
+
+// newestIn is when the newest thing of a pod was made: it, or a container.
+func (v *view) newestIn(p *pod) (newest int64) {
+	newest = p.Created
+	for _, c := range v.byPod[p.ID] {
+		newest = max(newest, c.Created)
+	}
+	return newest
 }
 
 func sortContainers(l []*container) {

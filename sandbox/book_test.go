@@ -26,7 +26,7 @@ func mustBook(t *testing.T) *book {
 
 func TestBookPublishesWhatItCommitted(t *testing.T) {
 	b := mustBook(t)
-	pod := podRow{ID: newID(), State: StateReady, Created: b.now()}
+	pod := podRow{ID: newID(), State: StateReady, Created: 1}
 	if _, err := b.insertPod(pod); err != nil {
 		t.Fatal(err)
 	}
@@ -37,7 +37,7 @@ func TestBookPublishesWhatItCommitted(t *testing.T) {
 	for i := range n {
 		ids[i] = newID()
 		wg.Go(func() {
-			r := containerRow{ID: ids[i], PodID: pod.ID, State: StateCreating, Created: b.now()}
+			r := containerRow{ID: ids[i], PodID: pod.ID, State: StateCreating, Created: int64(i + 2)}
 			if _, err := b.insertContainer(r); err != nil {
 				t.Error(err)
 			}

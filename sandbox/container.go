@@ -257,7 +257,7 @@ func containerLog(p *pod, cfg *runtime.ContainerConfig, podCfg *runtime.PodSandb
 
 func (s *Service) createContainer(ctx context.Context, o *op, plan *containerPlan) (string, error) {
 	id := plan.row.ID
-	plan.row.Created = s.book.now()
+	plan.row.Created = after(s.book.view().newestIn(plan.pod))
 	if _, err := s.book.insertContainer(plan.row); err != nil {
 		return "", err
 	}

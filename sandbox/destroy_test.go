@@ -40,10 +40,10 @@ func TestDestroyWithoutAMark(t *testing.T) {
 		t.Fatal(err)
 	}
 	pod, id := newID(), newID()
-	if _, err := s.book.insertPod(podRow{ID: pod, State: StateReady, Created: s.book.now()}); err != nil {
+	if _, err := s.book.insertPod(podRow{ID: pod, State: StateReady, Created: after(0)}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.book.insertContainer(containerRow{ID: id, PodID: pod, State: StateExited, Created: s.book.now()}); err != nil {
+	if _, err := s.book.insertContainer(containerRow{ID: id, PodID: pod, State: StateExited, Created: after(0)}); err != nil {
 		t.Fatal(err)
 	}
 	for _, d := range []string{s.bundleDir(id), s.stateDir(id), filepath.Dir(s.socket(id))} {

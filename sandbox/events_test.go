@@ -44,7 +44,7 @@ func (y *story) podIs(id string, state State, removing bool) {
 	y.t.Helper()
 	b := y.s.book
 	if b.view().pods[id] == nil {
-		_, err := b.insertPod(podRow{ID: id, State: StateCreating, Created: b.now()})
+		_, err := b.insertPod(podRow{ID: id, State: StateCreating, Created: after(0)})
 		y.must(err)
 	}
 	_, err := b.updatePod(id, func(r *podRow) error { r.State, r.Removing = state, removing; return nil })
@@ -55,7 +55,7 @@ func (y *story) containerIs(id, pod string, state State, started bool) {
 	y.t.Helper()
 	b := y.s.book
 	if b.view().containers[id] == nil {
-		_, err := b.insertContainer(containerRow{ID: id, PodID: pod, State: StateCreating, Created: b.now()})
+		_, err := b.insertContainer(containerRow{ID: id, PodID: pod, State: StateCreating, Created: after(0)})
 		y.must(err)
 	}
 	_, err := b.updateContainer(id, func(_ *store.Tx, r *containerRow) error {

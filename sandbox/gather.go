@@ -65,7 +65,8 @@ func gatherMount(m *runtime.Mount, ids mountIDs) (spec.Mount, error) {
 		return s, fmt.Errorf("%w: host_path %.200q: not an absolute path", ErrInvalid, m.GetHostPath())
 	}
 	var err error
-	if s.Source, err = resolve(m.HostPath); err != nil {
+	awaitAnswer(m.HostPath)
+	if s.Source, err = filepath.EvalSymlinks(m.HostPath); err != nil {
 		return s, fmt.Errorf("%w: host_path %.200q: %w", ErrInvalid, m.HostPath, err)
 	}
 	if err := ids.gather(m, &s); err != nil {
@@ -105,10 +106,7 @@ func checkPropagation(source, want string) error {
 // returns what proc_pid_mountinfo(5) says about it.
 func propagationOf(name string) (shared, slave bool, point string, err error) {
 	var st unix.Statx_t
-	err = apart(func() error {
-		return unix.Statx(unix.AT_FDCWD, name, unix.AT_STATX_DONT_SYNC|unix.AT_NO_AUTOMOUNT, unix.STATX_MNT_ID, &st)
-	})
-	if err != nil {
+	if err := unix.Statx(unix.AT_FDCWD, name, unix.AT_STATX_DONT_SYNC|unix.AT_NO_AUTOMOUNT, unix.STATX_MNT_ID, &st); err != nil {
 		return false, false, "", err
 	}
 	if st.Mask&unix.STATX_MNT_ID == 0 {
@@ -179,6 +177,7 @@ func gatherDevice(d *runtime.Device) ([]spec.Device, error) {
 	if inside == "" {
 		inside = d.HostPath
 	}
+	awaitAnswer(d.HostPath)
 	source, err := filepath.EvalSymlinks(d.HostPath)
 	if err != nil {
 		return nil, fmt.Errorf("%w: host_path %.200q: %w", ErrInvalid, d.HostPath, err)

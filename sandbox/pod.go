@@ -144,7 +144,7 @@ func (s *Service) runPod(ctx context.Context, o *op, plan podPlan) (string, erro
 	if row.Labels, err = s.podLabels(plan.config); err != nil {
 		return "", err
 	}
-	row.Created = s.book.now()
+	row.Created = after(s.book.view().newestAttempt(plan.config))
 	parent := s.hier.Parent(row.OCI.Driver, plan.config.GetLinux().GetCgroupParent())
 	row.Cgroups = s.ownCgroups(parent.Dirs())
 	p, err := s.book.insertPod(row)

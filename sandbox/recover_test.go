@@ -4,6 +4,7 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/berthd/berth/shim"
@@ -103,19 +104,47 @@ func TestAfterIsMonotone(t *testing.T) {
 	}
 }
 
-// Times grow also when the clock is set back, and over a restart.
+// Times of one pod grow also when the clock is set back, and over a restart. Those of
+// others are what they are.
 func TestClock(t *testing.T) {
 	b := mustBook(t)
-	future := time.Now().Add(24 * time.Hour).UnixNano()
-	if _, err := b.insertPod(podRow{ID: newID(), State: StateReady, Created: future}); err != nil {
+	now := time.Now().UnixNano()
+	future := now + int64(24*time.Hour)
+	config := func(name string) []byte {
+		raw, err := proto.Marshal(&runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Name: name, Namespace: "n", Uid: "u"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return raw
+	}
+	p, err := b.insertPod(podRow{ID: newID(), State: StateReady, Created: future, Config: config("ahead")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := b.insertPod(podRow{ID: newID(), State: StateReady, Created: now, Config: config("other")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.insertContainer(containerRow{ID: newID(), PodID: p.ID, State: StateExited, Created: future + 5}); err != nil {
 		t.Fatal(err)
 	}
 	again := newBook(b.st)
 	if err := again.load(); err != nil {
 		t.Fatal(err)
 	}
-	if got := again.now(); got <= future {
-		t.Errorf("creation time %d, want it after that of an older pod, %d", got, future)
+	for _, tc := range []struct {
+		name      string
+		got, want int64
+	}{
+		{"attempts of the pod", again.view().newestAttempt(p.config), future},
+		{"attempts of another pod", again.view().newestAttempt(other.config), now},
+		{"attempts of a pod that is not there", again.view().newestAttempt(&runtime.PodSandboxConfig{}), 0},
+		{"what is in the pod", again.view().newestIn(p), future + 5},
+		{"what is in another pod", again.view().newestIn(other), now},
+	} {
+		if tc.got != tc.want {
+			t.Errorf("newest of %s: %d, want %d", tc.name, tc.got, tc.want)
+		}
 	}
 	last := future
 	for range 3 {

@@ -32,7 +32,7 @@ type podRow struct {
 	ID      string
 	Rev     uint64 // counts the changes of this row
 	State   State
-	Created int64  // ns since 1970, increasing from pod to pod even if the clock is not
+	Created int64  // ns since 1970, increasing from attempt to attempt even if the clock is not
 	Handler string // runtime handler as asked for, "" for the default
 	OCI     rowRuntime
 	Config  []byte // PodSandboxConfig, verbatim
@@ -80,7 +80,9 @@ type containerRow struct {
 	Pid        int
 	ShimPid    int
 
-	Created, Started, Finished int64 // ns since 1970, 0 for not yet
+	// ns since 1970, 0 for not yet. Created is later than that of the pod and of the
+	// containers that were in it, even if the clock was set back.
+	Created, Started, Finished int64
 	ExitCode                   int32
 	Reason, Message            string
 
@@ -186,5 +188,6 @@ func containerKey(podID string, c *runtime.ContainerConfig) string {
 }
 
 // after returns a time in ns that is now, or just after last if the clock went
-// back: the kubelet orders attempts by these times.
+// back: the kubelet orders attempts by these times. last is of the same pod: with one
+// time for all, a clock that was ahead once would put all pods to come into the future.
 func after(last int64) int64 { return max(time.Now().UnixNano(), last+1) }

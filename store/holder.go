@@ -14,14 +14,15 @@ import (
 // holder names the process that has the file at path locked, as text to append
 // to an error: " (pid 123, berthd)", or "" when it cannot be found.
 func holder(path string) string {
-	for _, pid := range holders(path) {
-		comm, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/comm")
-		if err != nil {
-			return fmt.Sprintf(" (pid %d)", pid)
-		}
-		return fmt.Sprintf(" (pid %d, %s)", pid, strings.TrimSpace(string(comm)))
+	pids := holders(path)
+	if len(pids) == 0 {
+		return ""
 	}
-	return ""
+	comm, err := os.ReadFile("/proc/" + strconv.Itoa(pids[0]) + "/comm")
+	if err != nil {
+		return fmt.Sprintf(" (pid %d)", pids[0])
+	}
+	return fmt.Sprintf(" (pid %d, %s)", pids[0], strings.TrimSpace(string(comm)))
 }
 
 // holders are the processes that have a file locked which may be the one at path.
