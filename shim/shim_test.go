@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -310,6 +311,32 @@ func TestLongSocketAndNoExitFile(t *testing.T) {
 	mustT(t, other.WriteStdin(ctxFor(t, time.Minute), []byte("x\n"), false))
 	if e := <-other.Exited(); e.Code != 5 || !strings.Contains(e.Reason, "exit record not written") {
 		t.Errorf("got %+v", e)
+	}
+	// The shim is there until the record is, or somebody has had enough of it.
+	mustT(t, os.Mkdir(filepath.Dir(c.l.ExitFile), 0o700))
+	select {
+	case <-other.Gone():
+	case <-time.After(time.Minute):
+		t.Fatal("the shim does not end")
+	}
+	if e, err := shim.ReadExit(c.l.ExitFile); err != nil || e.Code != 5 || e.Reason != "" {
+		t.Errorf("exit record: %+v, %v", e, err)
+	}
+}
+
+// TestShutdownWithoutAnExitRecord: a shim that cannot write it ends when it is told to.
+func TestShutdownWithoutAnExitRecord(t *testing.T) {
+	c := newContainer(t, "/bin/sh", "-c", "exit 5")
+	c.l.ExitFile = c.path("nothing/exit")
+	c.run()
+	if e := <-c.c.Exited(); e.Code != 5 {
+		t.Errorf("got %+v", e)
+	}
+	mustT(t, c.c.Shutdown(ctxFor(t, time.Minute)))
+	select {
+	case <-c.c.Gone():
+	case <-time.After(time.Minute):
+		t.Fatal("the shim does not end")
 	}
 }
 

@@ -18,7 +18,7 @@ const (
 // initEnded is called when the container's init was reaped. What follows:
 //
 //	OOM count read -> rest of the container killed -> output drained
-//	-> exit record renamed into place -> clients told
+//	-> exit record renamed into place, or else tried again -> clients told
 //	-> runtime delete -> socket removed -> end
 //
 // A crash between two steps leaves either no record and a runtime state, which
@@ -97,38 +97,44 @@ func (s *shim) drained() {
 }
 
 // record writes the exit record and tells the clients. When it cannot be
-// written, the exit is told all the same; with nobody to tell, it is tried
-// again, as the exit code is known to this process only.
+// written, the exit is told all the same, and it is tried again: who was told may
+// be killed before it has written it down, and then this process alone knows.
 func (s *shim) record() {
-	if s.told {
+	if s.recorded || s.ending {
 		return
 	}
 	var err error = unix.EIO
 	if point("record") == nil {
 		err = replaceFile(s.l.ExitFile, wire.AppendExitFile(nil, s.exit))
 	}
-	if err != nil && len(s.conns) == 0 {
-		s.loop.after(recordRetry, s.record)
-		return
-	}
+	s.recorded = err == nil
 	if err != nil {
-		s.exit.Reason = "exit record not written: " + err.Error()
+		s.loop.after(recordRetry, s.record)
+		if len(s.conns) == 0 {
+			return
+		}
 	}
-	s.log.close()
-	point("tell")
-	s.told = true
-	for _, c := range append([]*conn(nil), s.conns...) {
-		if c.hello {
-			pending{c, 0}.answer(s.exit)
+	if !s.told {
+		s.log.close()
+		point("tell")
+		s.told = true
+		exit := s.exit
+		if err != nil {
+			exit.Reason = "exit record not written: " + err.Error()
+		}
+		for _, c := range append([]*conn(nil), s.conns...) {
+			if c.hello {
+				pending{c, 0}.answer(exit)
+			}
 		}
 	}
 	s.endIfOver()
 }
 
 // endIfOver has the runtime delete the container once nothing else is under
-// way, then ends the shim.
+// way, then ends the shim. A shutdown does not wait for an exit record.
 func (s *shim) endIfOver() {
-	if !s.told || s.ending || len(s.jobs) > 0 || len(s.execs) > 0 || len(s.attached) > 0 {
+	if !s.told || s.ending || !s.recorded && len(s.shutdown) == 0 || len(s.jobs) > 0 || len(s.execs) > 0 || len(s.attached) > 0 {
 		return
 	}
 	point("delete")
@@ -180,6 +186,7 @@ func (s *shim) shutDown(p pending) *stepError {
 			j.stop(wire.CodeState, "ended by a shutdown")
 		}
 	}
+	s.endIfOver() // it may be there for its record only
 	s.loop.after(shutdownTimeout, func() {
 		if s.status == wire.StatusExited || s.ending {
 			return

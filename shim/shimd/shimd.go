@@ -51,7 +51,8 @@ type shim struct {
 	init     int // process ID, 0 before it is created
 	initFD   int // pidfd of it, -1 for none
 	exit     wire.Exit
-	told     bool // exit record written, clients told
+	told     bool // clients were told of the exit
+	recorded bool // exit record written
 	ending   bool // the runtime's delete was begun
 	shutdown []pending
 
