@@ -22,8 +22,17 @@ func loadModule() {
 // mounted, or why not: no overlay in the kernel, or a file system below root
 // that cannot hold a writable layer, such as overlay itself. It makes and
 // removes a directory in root, mounts nothing, and needs CAP_SYS_ADMIN. Kernels
-// without fsopen(2) (before 5.2) are believed.
-func Supported(root string) (err error) {
+// without fsopen(2) (before 5.2) are believed, and so is a disk without room for
+// the directory: a node has to come up for things to be removed from it.
+func Supported(root string) error {
+	err := supported(root)
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return nil
+	}
+	return err
+}
+
+func supported(root string) (err error) {
 	dir, err := os.MkdirTemp(root, "probe-")
 	if err != nil {
 		return fmt.Errorf("overlay: probe: %w", err)
