@@ -412,6 +412,10 @@ func (s *Service) launch(ctx context.Context, plan *containerPlan) (shim.Launche
 	l.Mounts = append(l.Mounts, volumes...)
 	c, launched, err := shim.Run(ctx, s.cfg.ShimBinary, l)
 	if err != nil {
+		// Runtimes have no words for it.
+		if crowded := plan.group.Crowded(); crowded != "" {
+			err = fmt.Errorf("%w; %s", err, crowded)
+		}
 		return launched, err
 	}
 	return launched, s.follow(plan.row.ID, c)

@@ -28,7 +28,7 @@ func TestNoteOfAStop(t *testing.T) {
 			if err := os.MkdirAll(dir, 0o700); err != nil {
 				t.Fatal(err)
 			}
-			p, err := s.book.insertPod(podRow{ID: id, State: StateCreating, HostNetwork: true, Created: s.book.now()})
+			p, err := s.book.insertPod(podRow{ID: id, State: StateCreating, HostNetwork: true, Created: after(0)})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -55,12 +55,12 @@ func updates(t *testing.T) (s *Service, p *sayer, own, other string, fail string
 		cfg: Config{RunDir: dir, StateDir: dir, ContainerTimeout: time.Minute, DefaultRuntime: "runc", CgroupDriver: cgroup.Cgroupfs}}
 	s.runtimes = map[string]ociRuntime{"runc": {prober: newProber(s.ctx, "runc", bin), root: dir, driver: cgroup.Cgroupfs}}
 	pod := newID()
-	if _, err := s.book.insertPod(podRow{ID: pod, State: StateReady, Created: s.book.now()}); err != nil {
+	if _, err := s.book.insertPod(podRow{ID: pod, State: StateReady, Created: after(0)}); err != nil {
 		t.Fatal(err)
 	}
 	own, other = newID(), newID()
 	for _, id := range []string{own, other} {
-		if _, err := s.book.insertContainer(containerRow{ID: id, PodID: pod, State: StateRunning, Created: s.book.now(), CgroupPath: "/none/" + id}); err != nil {
+		if _, err := s.book.insertContainer(containerRow{ID: id, PodID: pod, State: StateRunning, Created: after(0), CgroupPath: "/none/" + id}); err != nil {
 			t.Fatal(err)
 		}
 	}

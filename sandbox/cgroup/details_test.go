@@ -101,6 +101,32 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+func TestCrowded(t *testing.T) {
+	for name, tc := range map[string]struct {
+		current, max string
+		want         bool
+	}{
+		"full":          {"100\n", "100\n", true},
+		"over":          {"101\n", "100\n", true},
+		"next to full":  {"90\n", "100\n", true},
+		"room":          {"84\n", "100\n", false},
+		"no limit":      {"100\n", "max\n", false},
+		"broken":        {"many\n", "100\n", false},
+		"nothing to go": {"", "", false},
+	} {
+		for _, v2 := range []bool{false, true} {
+			dir := "pids/"
+			if v2 {
+				dir = ""
+			}
+			got := fakeGroup(t, v2, map[string]string{dir + "pids.current": tc.current, dir + "pids.max": tc.max}).Crowded()
+			if (got != "") != tc.want || tc.want && !strings.Contains(got, "at most 100 processes") {
+				t.Errorf("%s, version 2 %v: %q", name, v2, got)
+			}
+		}
+	}
+}
+
 // TestHybridPressure: pressure is on the unified hierarchy, also when the
 // controllers are not.
 func TestHybridPressure(t *testing.T) {

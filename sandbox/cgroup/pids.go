@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -90,4 +92,32 @@ func list(fd int, buf []byte) (pids []int, err error) {
 			return nil, fmt.Errorf("line %q", clip(string(buf)))
 		}
 	}
+}
+
+// spareThreads is how many processes and threads an OCI runtime may take at a time
+// to make a container.
+const spareThreads = 16
+
+// Crowded tells of the first group, of this one and those above it, that has room
+// for so few processes that making a container may have failed for it: "… has 99 of
+// at most 100 processes". "" for none.
+func (g Group) Crowded() string {
+	top := g.dir("pids")
+	for p := g.path; top != "" && p != "/" && p != "."; p, top = filepath.Dir(p), filepath.Dir(top) {
+		limit, err1 := readNumber(filepath.Join(top, "pids.max"))
+		n, err2 := readNumber(filepath.Join(top, "pids.current"))
+		if err1 == nil && err2 == nil && n+spareThreads > limit {
+			return fmt.Sprintf("control group %s has %d of at most %d processes and threads", p, n, limit)
+		}
+	}
+	return ""
+}
+
+// readNumber reads a file with a number, which "max" is not.
+func readNumber(file string) (int, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(string(bytes.TrimSpace(b)))
 }
