@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -28,9 +29,9 @@ type Disk struct {
 }
 
 // New makes and mounts a file system of a kind ("ext4", "xfs") and a size in bytes below
-// dir, a directory of the caller's. It needs root. The error is ErrNone where the tools or
-// the kernel lack what it takes.
-func New(dir, kind string, size int64) (*Disk, error) {
+// dir, a directory of the caller's, with further arguments of mkfs. It needs root. The error
+// is ErrNone where the tools or the kernel lack what it takes.
+func New(dir, kind string, size int64, mkfs ...string) (*Disk, error) {
 	d := &Disk{kind: kind, Dir: filepath.Join(dir, "disk"), image: filepath.Join(dir, "disk.img")}
 	f, err := os.Create(d.image)
 	if err != nil {
@@ -39,7 +40,7 @@ func New(dir, kind string, size int64) (*Disk, error) {
 	if err := errors.Join(f.Truncate(size), f.Close(), os.Mkdir(d.Dir, 0o700)); err != nil {
 		return nil, err
 	}
-	if out, err := exec.Command("mkfs."+kind, "-q", d.image).CombinedOutput(); err != nil {
+	if out, err := exec.Command("mkfs."+kind, append(append([]string{"-q"}, mkfs...), d.image)...).CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("%w: mkfs.%s: %w: %s", ErrNone, kind, err, out)
 	}
 	if err := d.mount(); err != nil {
@@ -96,6 +97,49 @@ func (d *Disk) Restore() error {
 		return err
 	}
 	return d.mount()
+}
+
+// Fail has the kernel find an error in the file system, an ext4 made with "-e",
+// "remount-ro": it is read-only from now on, whoever writes. Then Restore.
+func (d *Disk) Fail() error {
+	var st unix.Stat_t
+	if err := unix.Stat(d.Dir, &st); err != nil {
+		return err
+	}
+	device, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)))
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrNone, err)
+	}
+	trigger := filepath.Join("/sys/fs", d.kind, filepath.Base(device), "trigger_fs_error")
+	if err := os.WriteFile(trigger, []byte("of a test"), 0); err != nil {
+		return fmt.Errorf("%w: %w", ErrNone, err)
+	}
+	return nil
+}
+
+// FillInodes makes files in a directory "fillers" until there is no inode for another one.
+func (d *Disk) FillInodes() error {
+	dir := filepath.Join(d.Dir, "fillers")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	for i := 0; ; i++ {
+		f, err := os.Create(filepath.Join(dir, strconv.Itoa(i)))
+		if errors.Is(err, unix.ENOSPC) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := f.Close(); err != nil {
+			return err
+		}
+	}
+}
+
+// Free removes what Fill and FillInodes have made.
+func (d *Disk) Free() error {
+	return errors.Join(os.RemoveAll(filepath.Join(d.Dir, "filler")), os.RemoveAll(filepath.Join(d.Dir, "fillers")))
 }
 
 // Fill writes a file "filler" until no byte is free, whoever asks.
