@@ -165,16 +165,21 @@ func checkPages(tx *bbolt.Tx) error {
 	return nil
 }
 
-// walkBucket touches every byte of keys and values.
+// walkBucket touches every page of memory that keys and values are on: those that
+// cannot be read fault as a whole.
 func walkBucket(_ []byte, b *bbolt.Bucket) error {
 	var n byte
+	touch := func(b []byte) {
+		for i := 0; i < len(b); i += smallestPage {
+			n ^= b[i]
+		}
+		if len(b) > 0 {
+			n ^= b[len(b)-1]
+		}
+	}
 	err := b.ForEach(func(k, v []byte) error {
-		for _, c := range k {
-			n ^= c
-		}
-		for _, c := range v {
-			n ^= c
-		}
+		touch(k)
+		touch(v)
 		if v == nil {
 			if nested := b.Bucket(k); nested != nil {
 				return walkBucket(k, nested)
@@ -185,6 +190,9 @@ func walkBucket(_ []byte, b *bbolt.Bucket) error {
 	touched = n
 	return err
 }
+
+// smallestPage is the smallest page of memory of any machine.
+const smallestPage = 4096
 
 // touched keeps the compiler from dropping the reads of walkBucket.
 //
@@ -316,11 +324,21 @@ func (s *Store) reserve() {
 	}
 	defer f.Close()
 	size := (used + headroom + step - 1) / step * step
+	before := blocks(f)
 	err = unix.Fallocate(int(f.Fd()), 0, 0, size)
 	switch {
-	case err == nil && f.Sync() == nil:
+	case err == nil && (before > 0 && blocks(f) == before || f.Sync() == nil): // it was there already, as at most starts, or is now
 		s.group.reserved = size
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOSYS):
 		s.group.reserved = math.MaxInt64 // no file system for this: never again
 	}
+}
+
+// blocks is how much of a file is allocated, in units of 512 bytes; 0 if that is not known.
+func blocks(f *os.File) int64 {
+	var st unix.Stat_t
+	if unix.Fstat(int(f.Fd()), &st) != nil {
+		return 0
+	}
+	return st.Blocks
 }

@@ -8,6 +8,9 @@ import (
 	"fmt"
 	"hash/crc32"
 	"math"
+	"runtime"
+	"sync"
+	"sync/atomic"
 
 	"go.etcd.io/bbolt"
 )
@@ -51,9 +54,9 @@ type Upgrade struct {
 // NewTable names a table whose rows are written with the given version, which
 // is at least 1 and grows whenever older code could misread the rows. Rows of
 // older versions go through the upgrades, one version at a time, when they are
-// read; they are written anew only by Put. It panics when name is empty, the
-// version is 0, or an upgrade does not lead to the version: those are mistakes
-// in the program.
+// read, several rows at once; they are written anew only by Put. It panics when
+// name is empty, the version is 0, or an upgrade does not lead to the version:
+// those are mistakes in the program.
 func NewTable[T any](name string, version uint16, upgrades ...Upgrade) Table[T] {
 	t := Table[T]{name: name, version: version, upgrades: make(map[uint16]func([]byte) ([]byte, error))}
 	if name == "" || version == 0 {
@@ -156,22 +159,74 @@ func (t Table[T]) EachPrefix(tx *Tx, prefix string, fn func(key string, v T) err
 	}
 	c := b.Cursor()
 	k, raw := c.Seek([]byte(prefix))
+	if !tx.tx.Writable() {
+		return t.eachOf(tx, c, k, raw, prefix, fn)
+	}
 	for k != nil && bytes.HasPrefix(k, []byte(prefix)) {
-		key := string(k)
-		v, err := t.decode(key, raw)
-		switch {
-		case err == nil:
-			if err := fn(key, v); err != nil {
-				return err
-			}
-		case errors.Is(err, ErrCorrupt):
-			t.note(tx, key, raw, err)
-		default:
-			return fmt.Errorf("%s %q: %w", t.name, key, err)
+		r := row[T]{key: string(k), raw: raw}
+		r.v, r.err = t.decode(r.key, raw)
+		if err := t.deliver(tx, r, fn); err != nil {
+			return err
 		}
-		k, raw = next(tx, c, key)
+		k, raw = next(tx, c, r.key)
 	}
 	return nil
+}
+
+// row is one that is read: raw is what is in the file.
+type row[T any] struct {
+	key string
+	raw []byte
+	v   T
+	err error
+}
+
+// deliver gives a row to fn, unless it is unreadable.
+func (t Table[T]) deliver(tx *Tx, r row[T], fn func(key string, v T) error) error {
+	switch {
+	case r.err == nil:
+		return fn(r.key, r.v)
+	case errors.Is(r.err, ErrCorrupt):
+		t.note(tx, r.key, r.raw, r.err)
+		return nil
+	}
+	return fmt.Errorf("%s %q: %w", t.name, r.key, r.err)
+}
+
+// batchRows is how many rows are decoded at a time, by all processors: JSON takes
+// most of the time of reading a table, and so of the start of a full node.
+const batchRows = 256
+
+// eachOf is EachPrefix where nothing can change meanwhile.
+func (t Table[T]) eachOf(tx *Tx, c *bbolt.Cursor, k, raw []byte, prefix string, fn func(key string, v T) error) error {
+	for k != nil && bytes.HasPrefix(k, []byte(prefix)) {
+		var batch []row[T]
+		for ; k != nil && bytes.HasPrefix(k, []byte(prefix)) && len(batch) < batchRows; k, raw = c.Next() {
+			batch = append(batch, row[T]{key: string(k), raw: raw})
+		}
+		t.decodeAll(batch)
+		for _, r := range batch {
+			if err := t.deliver(tx, r, fn); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (t Table[T]) decodeAll(batch []row[T]) {
+	var next atomic.Int64
+	work := func() {
+		for i := next.Add(1) - 1; i < int64(len(batch)); i = next.Add(1) - 1 {
+			batch[i].v, batch[i].err = t.decode(batch[i].key, batch[i].raw)
+		}
+	}
+	var wg sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(batch)) - 1 {
+		wg.Go(work)
+	}
+	work()
+	wg.Wait()
 }
 
 // next moves to the key after the one given. In a writable transaction fn may
