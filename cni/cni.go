@@ -122,8 +122,8 @@ type Network struct {
 	live map[string]struct{} // attached by this process and not detached; guarded by mu
 }
 
-// New checks cfg, ends plugins that an earlier daemon left running on CacheDir
-// and reads the configuration. A node without one is no error: Ready tells.
+// New checks cfg and reads the configuration. Plugins that an earlier daemon left
+// running on CacheDir are being ended meanwhile, before the first new one. A node without one is no error: Ready tells.
 func New(cfg Config) (*Network, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
@@ -139,10 +139,15 @@ func New(cfg Config) (*Network, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cni: %w", err)
 	}
-	if !cfg.Observe {
-		killOrphans(cfg.CacheDir)
-	}
 	run := &runner{mark: cfg.CacheDir}
+	if !cfg.Observe {
+		cleared := make(chan struct{})
+		run.clear = cleared
+		go func() { // it looks at every process of the machine
+			defer close(cleared)
+			killOrphans(cfg.CacheDir)
+		}()
+	}
 	n := &Network{
 		cfg:      cfg,
 		lib:      libcni.NewCNIConfigWithCacheDir(cfg.BinDirs, cfg.CacheDir, run),

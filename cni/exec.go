@@ -74,6 +74,9 @@ func (e *PluginError) Unwrap() error { return e.Err }
 type runner struct {
 	version.PluginDecoder
 	mark string // value of markEnv
+	// clear is closed when no plugin of an earlier daemon runs any more; nil is
+	// such a channel. A new one could not be told from those before that.
+	clear <-chan struct{}
 }
 
 // FindInPath is the first executable regular file of that name.
@@ -95,6 +98,10 @@ func (r *runner) FindInPath(plugin string, dirs []string) (string, error) {
 func (r *runner) ExecPlugin(ctx context.Context, path string, stdin []byte, environ []string) ([]byte, error) {
 	env, verb := r.environment(environ)
 	perr := &PluginError{Plugin: filepath.Base(path), Verb: verb}
+	if err := r.awaitClear(ctx); err != nil {
+		perr.Err = fmt.Errorf("not started, plugins of an earlier daemon still run: %w", err)
+		return nil, perr
+	}
 	out := &boundedBuffer{limit: maxOutput, over: make(chan struct{})}
 	diag := &boundedBuffer{limit: maxDiagnostic}
 	start := time.Now()
@@ -128,6 +135,18 @@ func (r *runner) ExecPlugin(ctx context.Context, path string, stdin []byte, envi
 		}
 	}
 	return out.buf.Bytes(), nil
+}
+
+func (r *runner) awaitClear(ctx context.Context) error {
+	if r.clear == nil {
+		return nil
+	}
+	select {
+	case <-r.clear:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // environment is what a plugin gets to see: the CNI variables, a PATH and the
