@@ -60,25 +60,67 @@ type answer struct {
 // Connect opens a connection to the shim that listens on socket. The error is
 // ErrGone if there is none, ErrUnsupported if it speaks no common version.
 func Connect(ctx context.Context, socket string) (*Client, error) {
+	r, err := Reach(socket)
+	if err != nil {
+		return nil, err
+	}
+	return r.Client(ctx)
+}
+
+// Reached is a connection to a shim that has not said anything yet. That there is
+// one tells that the shim's process lives, and costs neither side more than a
+// system call: the kernel accepts in the shim's name. Client or Close has to follow.
+type Reached struct {
+	socket string
+	fd     int
+}
+
+// Reach connects to the shim that listens on socket, at once or not at all. The
+// error is ErrGone if there is none; any other one leaves open whether there is.
+func Reach(socket string) (*Reached, error) {
+	fd, err := reach(socket)
+	switch {
+	case err == nil:
+		return &Reached{socket: socket, fd: fd}, nil
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ECONNREFUSED):
+		err = ErrGone
+	}
+	return nil, fmt.Errorf("shim socket %s: %w", socket, err)
+}
+
+func reach(socket string) (int, error) {
 	path, done, err := dialPath(socket)
 	if err != nil {
-		if errors.Is(err, os.ErrNotExist) {
-			return nil, fmt.Errorf("shim socket %s: %w", socket, ErrGone)
-		}
-		return nil, fmt.Errorf("shim socket %s: %w", socket, err)
+		return -1, err
 	}
 	defer done()
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", path)
+	// The net package would take part in each step, for a thousand shims at a start.
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
-			return nil, fmt.Errorf("shim socket %s: %w", socket, ErrGone)
-		}
-		return nil, fmt.Errorf("shim socket %s: %w", socket, err)
+		return -1, err
+	}
+	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// Close drops the connection.
+func (r *Reached) Close() error { return unix.Close(r.fd) }
+
+// Client makes a Client of the connection, with the errors of Connect. The
+// connection is not r's any more, also after an error.
+func (r *Reached) Client(ctx context.Context) (*Client, error) {
+	f := os.NewFile(uintptr(r.fd), r.socket)
+	conn, err := net.FileConn(f)
+	f.Close()
+	if err != nil {
+		return nil, fmt.Errorf("shim socket %s: %w", r.socket, err)
 	}
 	c, err := newClient(ctx, conn.(*net.UnixConn))
 	if err != nil {
-		return nil, fmt.Errorf("shim socket %s: %w", socket, err)
+		return nil, fmt.Errorf("shim socket %s: %w", r.socket, err)
 	}
 	return c, nil
 }
