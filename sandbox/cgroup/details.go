@@ -76,6 +76,8 @@ func (g Group) Limits() (Limits, error) {
 func (r *Reader) Details(pageSizes []string) (Details, error) {
 	var d Details
 	var err error
+	r.seen = map[string][]byte{} // each file once, also those that Stats has read
+	defer func() { r.seen = nil }()
 	if d.Stats, err = r.Stats(); err != nil {
 		return Details{}, err
 	}
@@ -94,7 +96,7 @@ func (r *Reader) Details(pageSizes []string) (Details, error) {
 }
 
 func (r *Reader) detailsV2(d *Details) {
-	dir := r.g.dir(unified)
+	dir := r.dir(unified)
 	if b, ok := r.file(dir, "cpu.stat"); ok {
 		v := keys(b, "user_usec", "system_usec", "nr_periods", "nr_throttled", "throttled_usec", "nr_bursts", "burst_usec")
 		d.CPUUser, d.CPUSystem, d.Periods, d.Throttled = v[0]*1000, v[1]*1000, v[2], v[3]
@@ -124,15 +126,15 @@ func (r *Reader) detailsV2(d *Details) {
 const tick = 10_000_000
 
 func (r *Reader) detailsV1(d *Details) {
-	if b, ok := r.file(r.g.dir("cpuacct"), "cpuacct.stat"); ok {
+	if b, ok := r.file(r.dir("cpuacct"), "cpuacct.stat"); ok {
 		v := keys(b, "user", "system")
 		d.CPUUser, d.CPUSystem = v[0]*tick, v[1]*tick
 	}
-	if b, ok := r.file(r.g.dir("cpu"), "cpu.stat"); ok {
+	if b, ok := r.file(r.dir("cpu"), "cpu.stat"); ok {
 		v := keys(b, "nr_periods", "nr_throttled", "throttled_time", "nr_bursts", "burst_time")
 		d.Periods, d.Throttled, d.ThrottledTime, d.Bursts, d.BurstTime = v[0], v[1], v[2], v[3], v[4]
 	}
-	dir := r.g.dir("memory")
+	dir := r.dir("memory")
 	d.MemoryPeak = r.numberOr(dir, "memory.max_usage_in_bytes", 0)
 	d.MemoryFails = r.numberOr(dir, "memory.failcnt", 0)
 	d.Kernel = r.numberOr(dir, "memory.kmem.usage_in_bytes", 0)
@@ -144,7 +146,7 @@ func (r *Reader) detailsV1(d *Details) {
 		name string
 		ops  bool
 	}{{"blkio.throttle.io_service_bytes_recursive", false}, {"blkio.throttle.io_serviced_recursive", true}} {
-		if b, ok := r.file(r.g.dir("blkio"), f.name); ok {
+		if b, ok := r.file(r.dir("blkio"), f.name); ok {
 			d.Devices = addBlkio(d.Devices, b, f.ops)
 		}
 	}
@@ -157,18 +159,18 @@ func (r *Reader) limits(l *Limits) {
 	} else {
 		r.limitsV1(l)
 	}
-	set := r.g.dir("cpuset")
+	set := r.dir("cpuset")
 	if b, ok := r.file(set, "cpuset.cpus"); ok {
 		l.CPUs = string(bytes.TrimSpace(b))
 	}
 	if b, ok := r.file(set, "cpuset.mems"); ok {
 		l.Mems = string(bytes.TrimSpace(b))
 	}
-	l.Threads = r.numberOr(r.g.dir("pids"), "pids.max", NoLimit)
+	l.Threads = r.numberOr(r.dir("pids"), "pids.max", NoLimit)
 }
 
 func (r *Reader) limitsV2(l *Limits) {
-	dir := r.g.dir(unified)
+	dir := r.dir(unified)
 	l.Memory = r.numberOr(dir, "memory.max", NoLimit)
 	if swap := r.numberOr(dir, "memory.swap.max", NoLimit); swap != NoLimit && l.Memory != NoLimit {
 		l.MemorySwap = l.Memory + swap
@@ -185,7 +187,7 @@ func (r *Reader) limitsV2(l *Limits) {
 }
 
 func (r *Reader) limitsV1(l *Limits) {
-	dir := r.g.dir("memory")
+	dir := r.dir("memory")
 	limit := func(name string) uint64 {
 		if v := r.numberOr(dir, name, NoLimit); v < noLimitV1 {
 			return v
@@ -194,7 +196,7 @@ func (r *Reader) limitsV1(l *Limits) {
 	}
 	l.Memory, l.MemorySwap = limit("memory.limit_in_bytes"), limit("memory.memsw.limit_in_bytes")
 	l.Reservation = limit("memory.soft_limit_in_bytes")
-	dir = r.g.dir("cpu")
+	dir = r.dir("cpu")
 	l.Shares = r.numberOr(dir, "cpu.shares", 0)
 	l.Period = r.numberOr(dir, "cpu.cfs_period_us", 0)
 	if b, ok := r.file(dir, "cpu.cfs_quota_us"); ok {
@@ -214,7 +216,7 @@ func (r *Reader) parse(name, text string) uint64 {
 
 // hugePages reads the use of huge pages of a size, where the controller is.
 func (r *Reader) hugePages(d *Details, size string) {
-	dir, usage, peak := r.g.dir("hugetlb"), ".usage_in_bytes", ".max_usage_in_bytes"
+	dir, usage, peak := r.dir("hugetlb"), ".usage_in_bytes", ".max_usage_in_bytes"
 	if dir == "" || r.g.h.v2 {
 		dir, usage, peak = r.g.unifiedDir(), ".current", ".max_usage" // v2 knows no peak
 	}

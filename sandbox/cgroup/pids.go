@@ -16,9 +16,9 @@ import (
 // good deal cheaper than [Group.Procs] and good enough to count. [ErrGone] if the
 // group does not exist.
 func (r *Reader) Pids() ([]int, error) {
-	dir := r.g.dir("pids")
+	dir := r.dir("pids")
 	if dir == "" {
-		dir = r.g.dir("memory")
+		dir = r.dir("memory")
 	}
 	b := buffers.Get().(*[]byte)
 	defer buffers.Put(b)

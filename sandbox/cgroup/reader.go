@@ -19,9 +19,11 @@ type Reader struct {
 	g     Group
 	held  map[string]int // descriptors by file name, absent for a file that is not there
 	keep  bool           // whether what is opened now stays open
-	buf   []byte         // during a call
-	found int            // files read in this call
-	err   error          // the first one that is not the absence of a file
+	dirs  map[string]string
+	seen  map[string][]byte // what this call has read so far, nil unless it may ask again
+	buf   []byte            // during a call
+	found int               // files read in this call
+	err   error             // the first one that is not the absence of a file
 }
 
 // absent is in the place of the descriptor of a file that does not exist.
@@ -33,7 +35,9 @@ const maxFile = 16 << 10
 var buffers = sync.Pool{New: func() any { b := make([]byte, maxFile); return &b }}
 
 // Reader returns a reader of the group, which opens nothing yet.
-func (g Group) Reader() *Reader { return &Reader{g: g, held: map[string]int{}} }
+func (g Group) Reader() *Reader {
+	return &Reader{g: g, held: map[string]int{}, dirs: map[string]string{}}
+}
 
 // Close closes the files. The reader can be used again, and opens them anew.
 func (r *Reader) Close() {
@@ -83,6 +87,21 @@ func (r *Reader) file(dir, name string) ([]byte, bool) {
 	if r.err != nil || dir == "" {
 		return nil, false
 	}
+	if b, again := r.seen[name]; again {
+		if b != nil {
+			r.found++
+		}
+		return b, b != nil
+	}
+	b, ok := r.readFile(dir, name)
+	if r.seen != nil {
+		b = bytes.Clone(b)
+		r.seen[name] = b
+	}
+	return b, ok
+}
+
+func (r *Reader) readFile(dir, name string) ([]byte, bool) {
 	fd, err := r.open(dir, name)
 	if err == nil {
 		var n int
@@ -97,6 +116,16 @@ func (r *Reader) file(dir, name string) ([]byte, bool) {
 		r.err = fmt.Errorf("%s: %w", name, err)
 	}
 	return nil, false
+}
+
+// dir is Group.dir, which is asked for at each file, with a memory.
+func (r *Reader) dir(controller string) string {
+	d, ok := r.dirs[controller]
+	if !ok {
+		d = r.g.dir(controller)
+		r.dirs[controller] = d
+	}
+	return d
 }
 
 // missing tells whether an error means that there is no such file, or not any

@@ -92,7 +92,7 @@ func (r *Reader) stats(s *Stats) {
 }
 
 func (r *Reader) statsV2(s *Stats) {
-	dir := r.g.dir(unified)
+	dir := r.dir(unified)
 	if b, ok := r.file(dir, "cpu.stat"); ok {
 		s.CPUUsage = keys(b, "usage_usec")[0] * 1000
 	}
@@ -110,8 +110,8 @@ func (r *Reader) statsV2(s *Stats) {
 }
 
 func (r *Reader) statsV1(s *Stats) {
-	s.CPUUsage = r.numberOr(r.g.dir("cpuacct"), "cpuacct.usage", 0)
-	dir := r.g.dir("memory")
+	s.CPUUsage = r.numberOr(r.dir("cpuacct"), "cpuacct.usage", 0)
+	dir := r.dir("memory")
 	s.MemoryUsage = r.numberOr(dir, "memory.usage_in_bytes", 0)
 	if b, ok := r.file(dir, "memory.stat"); ok {
 		v := keys(b, "total_rss", "total_inactive_file", "total_pgfault", "total_pgmajfault", "total_cache", "total_mapped_file",
@@ -127,7 +127,7 @@ func (r *Reader) statsV1(s *Stats) {
 	if v := r.numberOr(dir, "memory.memsw.limit_in_bytes", NoLimit); v < noLimitV1 && s.MemoryLimit != NoLimit {
 		s.SwapLimit = v - min(s.MemoryLimit, v)
 	}
-	s.Threads = r.numberOr(r.g.dir("pids"), "pids.current", 0)
+	s.Threads = r.numberOr(r.dir("pids"), "pids.current", 0)
 }
 
 // pressure reads a file of the kernel's psi.rst. One that is not there, as when

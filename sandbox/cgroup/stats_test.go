@@ -116,3 +116,27 @@ func TestAvailable(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkReader reads the root, which every machine has, with its files open.
+func BenchmarkReader(b *testing.B) {
+	h, err := Detect()
+	if err != nil {
+		b.Skip(err)
+	}
+	r := h.at("/").Reader()
+	defer r.Close()
+	b.Run("stats", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := r.Stats(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("details", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := r.Details(nil); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
