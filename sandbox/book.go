@@ -1,7 +1,6 @@
 package sandbox
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -56,35 +55,48 @@ func (b *book) row(id string) *sync.Mutex {
 func (b *book) load() error {
 	v := &view{pods: map[string]*pod{}, containers: map[string]*container{}}
 	err := b.st.View(func(tx *store.Tx) error {
-		err := podTable.Each(tx, func(key string, r podRow) error {
-			p, err := decodePod(r)
-			if err != nil || r.ID != key {
-				podTable.Reject(tx, key, fmt.Errorf("row of pod %.64q: %w", r.ID, cmp.Or(err, errForeignRow)))
-				return nil
-			}
-			v.pods[r.ID] = p
-			b.events.clock.atLeast(r.Created)
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-		return containerTable.Each(tx, func(key string, r containerRow) error {
-			c, err := decodeContainer(r)
-			if err != nil || r.ID != key {
-				containerTable.Reject(tx, key, fmt.Errorf("row of container %.64q: %w", r.ID, cmp.Or(err, errForeignRow)))
-				return nil
-			}
-			v.containers[r.ID] = c
-			b.events.clock.atLeast(max(r.Created, r.Started, r.Finished))
-			return nil
-		})
+		return errors.Join(
+			loadTable(tx, podTable, decodePod, func(p *pod) string { return p.ID }, func(p *pod) {
+				v.pods[p.ID] = p
+				b.events.clock.atLeast(p.Created)
+			}),
+			loadTable(tx, containerTable, decodeContainer, func(c *container) string { return c.ID }, func(c *container) {
+				v.containers[c.ID] = c
+				b.events.clock.atLeast(max(c.Created, c.Started, c.Finished))
+			}))
 	})
 	if err != nil {
 		return fmt.Errorf("book: %w", err)
 	}
 	v.index()
 	b.cur.Store(v)
+	return nil
+}
+
+// loadTable gives each row of a table, decoded by all processors, to take.
+func loadTable[R, T any](tx *store.Tx, table store.Table[R], decode func(R) (T, error), id func(T) string, take func(T)) error {
+	type loaded struct {
+		key string
+		row R
+		v   T
+		err error
+	}
+	var all []*loaded
+	err := table.Each(tx, func(key string, r R) error { all = append(all, &loaded{key: key, row: r}); return nil })
+	if err != nil {
+		return err
+	}
+	eachCPU(all, func(l *loaded) error { l.v, l.err = decode(l.row); return nil })
+	for _, l := range all {
+		switch {
+		case l.err != nil:
+			table.Reject(tx, l.key, fmt.Errorf("row: %w", l.err))
+		case id(l.v) != l.key:
+			table.Reject(tx, l.key, fmt.Errorf("row of %.64q: %w", id(l.v), errForeignRow))
+		default:
+			take(l.v)
+		}
+	}
 	return nil
 }
 

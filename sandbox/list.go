@@ -194,6 +194,7 @@ func criSignal(n int, asked runtime.Signal) runtime.Signal {
 // RuntimeHandlers lists the configured OCI runtimes with what each can do, the
 // default one also under the name "" (RuntimeHandler in the CRI).
 func (s *Service) RuntimeHandlers() []*runtime.RuntimeHandler {
+	s.probed.wait()
 	names := []string{""}
 	for name := range s.runtimes {
 		names = append(names, name)
@@ -253,6 +254,7 @@ func infoOf(v map[string]any) (map[string]string, error) {
 
 // Info is what the CRI's verbose Status says about this package.
 func (s *Service) Info() map[string]string {
+	s.probed.wait()
 	runtimes := map[string]any{}
 	for name, r := range s.runtimes {
 		f, err := r.verdict()

@@ -38,16 +38,22 @@ func (l *live) get(id string) *handle {
 
 // put takes charge of a connection in place of an older one. When the daemon is
 // stopping the connection is closed, and nil returned.
-func (l *live) put(id string, c *shim.Client) *handle {
+func (l *live) put(id string, c *shim.Client) *handle { return l.take(id, c, false) }
+
+// add is put, unless there is a connection that works: then the new one is closed,
+// and nil returned.
+func (l *live) add(id string, c *shim.Client) *handle { return l.take(id, c, true) }
+
+func (l *live) take(id string, c *shim.Client, keep bool) *handle {
 	h := &handle{client: c, ended: make(chan struct{}), dropped: make(chan struct{})}
 	l.mu.Lock()
 	old := l.m[id]
-	closed := l.closed
-	if !closed {
+	refused := l.closed || keep && old != nil && old.alive()
+	if !refused {
 		l.m[id] = h
 	}
 	l.mu.Unlock()
-	if closed {
+	if refused {
 		c.Close()
 		return nil
 	}

@@ -330,8 +330,10 @@ func clip(s string) string {
 }
 
 // RuntimeReady tells why no container can be run with the default runtime; nil
-// if they can. It answers at once, from what the last probe has found.
+// if they can. It answers at once, from what the last probe has found, but for the
+// first 2 s of the daemon, in which it waits for the first probe.
 func (s *Service) RuntimeReady() error {
+	s.probed.wait()
 	r, err := s.handler("")
 	if err != nil {
 		return err
@@ -345,12 +347,23 @@ func (s *Service) RuntimeReady() error {
 	return nil
 }
 
-// firstVerdicts waits for the first probe of every runtime, though not for one
-// that hangs: the kubelet, which asks at once, would reject pods for features
-// that nobody knows of yet.
-func (s *Service) firstVerdicts(ctx context.Context) {
+// firstVerdicts is closed when the first probe of every runtime has ended, though it
+// does not wait for one that hangs.
+type firstVerdicts chan struct{}
+
+// wait is for whoever tells what the runtimes can do: the kubelet, which asks at
+// once, would reject pods for features that nobody knows of yet.
+func (f firstVerdicts) wait() {
+	if f != nil {
+		<-f
+	}
+}
+
+// probe has everything looked at that firstVerdicts is about.
+func (s *Service) probe(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, firstProbe)
 	defer cancel()
+	defer close(s.probed)
 	for _, r := range s.runtimes {
 		_, _ = r.now(ctx) // what is wrong with it is for Status to say
 	}

@@ -52,7 +52,7 @@ type stamp struct {
 const (
 	probeTimeout = 5 * time.Second
 	probeAgain   = 5 * time.Second // after a failed probe
-	firstProbe   = 2 * time.Second // what the start of the daemon waits
+	firstProbe   = 2 * time.Second // what those wait who ask just after the start
 )
 
 func newProber(life context.Context, handler, path string) *prober {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -137,7 +138,7 @@ func (s *Service) recover(ctx context.Context) error {
 }
 
 func (s *Service) recoverContainer(ctx context.Context, c *container) error {
-	o := s.observe(ctx, c.ID, c.BootID, s.exitFile(c.ID), c.State != StateExited)
+	o := s.observe(ctx, c.ID, c.BootID, s.exitFile(c.ID), c.State)
 	v := decideContainer(c.containerRow, o, time.Now())
 	if s.book.view().pods[c.PodID] == nil {
 		v = verdict{destroy: true} // its pod was lost, and is swept
@@ -239,7 +240,7 @@ func (s *Service) markRemoving(c *container, destroy bool) error {
 func (s *Service) recoverPod(ctx context.Context, p *pod) error {
 	o := podObserved{sameBoot: p.BootID == s.cfg.BootID, pinned: s.pinned(p)}
 	if p.Init && o.sameBoot {
-		init := s.observe(ctx, p.ID, p.BootID, s.initExit(p.ID), true)
+		init := s.observe(ctx, p.ID, p.BootID, s.initExit(p.ID), StateRunning)
 		if o.init = init.status; init.unsure {
 			o.init = shim.StatusRunning
 			s.bg.Go(func() { s.shimLost(s.ctx, p.ID, nil) })
@@ -283,25 +284,28 @@ func (s *Service) pinned(p *pod) bool {
 	return true
 }
 
-// observe asks the shim of an object how it is, and follows it from here on.
-func (s *Service) observe(ctx context.Context, id, boot, exitFile string, ask bool) observed {
+// observe looks for the shim of an object that the book has in a state, and follows
+// it from here on. For one that runs it is enough that the shim lives and has
+// written no exit record: there is nothing else that it could say, and a
+// thousand of them need not be woken for it before the first answer.
+func (s *Service) observe(ctx context.Context, id, boot, exitFile string, state State) observed {
 	o := observed{sameBoot: boot == s.cfg.BootID}
 	if e, err := shim.ReadExit(exitFile); err == nil {
 		o.exit = &e
 	} else if !errors.Is(err, os.ErrNotExist) {
 		klog.FromContext(ctx).Error(err, "Exit record unreadable", "id", id)
 	}
-	if !o.sameBoot || !ask || o.exit != nil {
+	if !o.sameBoot || state == StateExited || o.exit != nil {
 		return o
 	}
-	ctx, cancel := context.WithTimeout(ctx, connectLimit)
-	defer cancel()
-	c, err := shim.Connect(ctx, s.socket(id))
-	var st shim.State
-	if err == nil {
-		if st, err = c.State(ctx); err != nil {
-			c.Close()
-		}
+	reached, err := shim.Reach(s.socket(id))
+	switch {
+	case err == nil && state == StateRunning:
+		s.reached.add(id, reached)
+		o.status = shim.StatusRunning
+		return o
+	case err == nil:
+		o.status, err = s.askState(ctx, id, reached)
 	}
 	if err != nil {
 		if e, err := shim.ReadExit(exitFile); err == nil { // it ended just now
@@ -309,13 +313,66 @@ func (s *Service) observe(ctx context.Context, id, boot, exitFile string, ask bo
 			return o
 		}
 		o.unsure = s.shimLives(id)
-		return o
-	}
-	o.status = st.Status
-	if err := s.follow(id, c); err != nil {
-		o.unsure = true
 	}
 	return o
+}
+
+// askState asks a shim how its container is, and follows it.
+func (s *Service) askState(ctx context.Context, id string, r *shim.Reached) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, connectLimit)
+	defer cancel()
+	c, err := r.Client(ctx)
+	if err != nil {
+		return "", err
+	}
+	st, err := c.State(ctx)
+	if err != nil {
+		c.Close()
+		return "", err
+	}
+	return st.Status, s.follow(id, c)
+}
+
+// reached are the shims that lived at the start and have not been talked to yet.
+type reached struct {
+	mu  sync.Mutex
+	all []reachedShim
+}
+
+type reachedShim struct {
+	id   string
+	conn *shim.Reached
+}
+
+func (r *reached) add(id string, c *shim.Reached) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.all = append(r.all, reachedShim{id, c})
+}
+
+// greetings is how many shims are begun to be talked to at once, while calls are
+// answered already.
+const greetings = 2
+
+// greetAll begins to talk to the shims that were reached at the start.
+func (s *Service) greetAll() {
+	_ = parallel(s.reached.all, greetings, func(r reachedShim) error { s.greet(r.id, r.conn); return nil })
+	s.reached.all = nil
+}
+
+// greet begins to talk to a shim and follows it, unless somebody who had something
+// to say to it has done so before.
+func (s *Service) greet(id string, r *shim.Reached) {
+	ctx, cancel := context.WithTimeout(s.ctx, connectLimit)
+	defer cancel()
+	c, err := r.Client(ctx)
+	if err != nil {
+		s.bg.Go(func() { s.shimLost(s.ctx, id, nil) })
+		return
+	}
+	if h := s.live.add(id, c); h != nil {
+		s.watch(id, h)
+	}
 }
 
 // rebuild fills a new book from the notes beside the bundles, after the old one

@@ -52,6 +52,8 @@ type Service struct {
 	swept   chan struct{}   // closed after the first try to sweep
 	noted   map[string]bool // see observeBook; does not change
 	updates turns           // by ID: updates of one container take turns
+	reached reached         // shims that were there at the start
+	probed  firstVerdicts   // nil if nothing is probed
 }
 
 // New reads the book, finds out what has become of everything in it and takes
@@ -83,14 +85,16 @@ func New(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 	if cfg.Observe {
 		return s, nil
 	}
+	s.probed = make(firstVerdicts)
+	s.bg.Go(func() { s.probe(s.ctx) })
 	if err := s.recover(ctx); err != nil {
 		s.cancel()
 		return nil, fmt.Errorf("sandbox: recovery: %w", err)
 	}
-	s.firstVerdicts(ctx)
 	if deps.Plugins != nil {
 		s.bg.Go(func() { deps.Plugins.Serve(s.ctx, pluginNode{s}) })
 	}
+	s.bg.Go(s.greetAll)
 	s.bg.Go(func() { s.janitor(s.ctx) })
 	return s, nil
 }
