@@ -23,7 +23,7 @@ func (s *Service) PodStats(ctx context.Context, id string) (*runtime.PodSandboxS
 	if err != nil {
 		return nil, err
 	}
-	out, err := s.statsOfPods(ctx, v, []*pod{p})
+	out, err := s.statsOfPods(ctx, v, []*pod{p}, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -31,10 +31,11 @@ func (s *Service) PodStats(ctx context.Context, id string) (*runtime.PodSandboxS
 }
 
 // ListPodStats returns the usage of all ready pods that match the filter, the
-// newest first; nil matches all. What cannot be read of a pod is left out.
+// newest first, as of the last 100 ms; nil matches all. What cannot be read of a pod
+// is left out.
 func (s *Service) ListPodStats(ctx context.Context, f *runtime.PodSandboxStatsFilter) ([]*runtime.PodSandboxStats, error) {
 	v := s.book.view()
-	return s.statsOfPods(ctx, v, v.readyPods(f.GetId(), f.GetLabelSelector()))
+	return s.statsOfPods(ctx, v, v.readyPods(f.GetId(), f.GetLabelSelector()), shared)
 }
 
 // readyPods returns the ready pods by ID, which may be a prefix, and labels, the
@@ -50,7 +51,8 @@ func (v *view) readyPods(id string, labels map[string]string) []*pod {
 	return out
 }
 
-func (s *Service) statsOfPods(ctx context.Context, v *view, pods []*pod) ([]*runtime.PodSandboxStats, error) {
+// statsOfPods takes over what is not older than old.
+func (s *Service) statsOfPods(ctx context.Context, v *view, pods []*pod, old time.Duration) ([]*runtime.PodSandboxStats, error) {
 	ctx, cancel := context.WithTimeout(ctx, firstWalk)
 	defer cancel()
 	nets := make(chan map[string][]netDev, 1)
@@ -64,7 +66,7 @@ func (s *Service) statsOfPods(ctx context.Context, v *view, pods []*pod) ([]*run
 	}()
 	own := v.ownGroups()
 	out := eachCPU(pods, func(p *pod) *runtime.PodSandboxStats {
-		st, err := s.podStats(ctx, p, v.byPod[p.ID], own(p))
+		st, err := s.podStats(ctx, p, v.byPod[p.ID], own(p), old)
 		if err != nil {
 			klog.FromContext(ctx).V(2).Info("Stats not read", "podID", p.ID, "err", err)
 		}
@@ -80,7 +82,7 @@ func (s *Service) statsOfPods(ctx context.Context, v *view, pods []*pod) ([]*run
 }
 
 // podStats reads all but the network.
-func (s *Service) podStats(ctx context.Context, p *pod, containers []*container, own bool) (*runtime.PodSandboxStats, error) {
+func (s *Service) podStats(ctx context.Context, p *pod, containers []*container, own bool, old time.Duration) (*runtime.PodSandboxStats, error) {
 	linux := &runtime.LinuxPodSandboxStats{}
 	out := &runtime.PodSandboxStats{Linux: linux, Attributes: &runtime.PodSandboxAttributes{Id: p.ID, Metadata: p.config.GetMetadata(),
 		Labels: p.config.GetLabels(), Annotations: p.config.GetAnnotations()}}
@@ -93,19 +95,19 @@ func (s *Service) podStats(ctx context.Context, p *pod, containers []*container,
 		if !c.listed() || c.State != StateRunning {
 			continue
 		}
-		cs, st, err := s.containerStats(ctx, c)
+		cs, st, err := s.containerStats(ctx, c, old)
 		linux.Containers = append(linux.Containers, cs)
 		errs = append(errs, err)
 		sum.add(st, cs.GetCpu().GetUsageNanoCores())
 		sum.processes += s.processes(c.ID, s.groupOf(c))
 	}
 	if p.Init {
-		errs = append(errs, s.addInit(p, &sum))
+		errs = append(errs, s.addInit(p, &sum, old))
 	}
 	st, rate := sum.stats, sum.rate
 	if own {
 		var err error
-		if st, rate, err = s.groupUsage(p.ID, s.podGroup(p)); errors.Is(err, cgroup.ErrGone) {
+		if st, rate, err = s.groupUsage(p.ID, s.podGroup(p), old); errors.Is(err, cgroup.ErrGone) {
 			st, rate = sum.stats, sum.rate // it comes with the first container
 		} else if err != nil {
 			return out, errors.Join(append(errs, fmt.Errorf("pod %s: %w", p.ID, err))...)
@@ -150,12 +152,12 @@ func (u *usageSum) add(st cgroup.Stats, rate *runtime.UInt64Value) {
 // initKey is the key of the stats of a pod's init, whose ID is the pod's own.
 func initKey(podID string) string { return podID + " init" }
 
-func (s *Service) addInit(p *pod, sum *usageSum) error {
+func (s *Service) addInit(p *pod, sum *usageSum, old time.Duration) error {
 	_, group, err := s.initPath(p)
 	if err != nil {
 		return err
 	}
-	st, rate, err := s.groupUsage(initKey(p.ID), group)
+	st, rate, err := s.groupUsage(initKey(p.ID), group, old)
 	if err != nil && !errors.Is(err, cgroup.ErrGone) {
 		return fmt.Errorf("pod %s: init: %w", p.ID, err)
 	}
@@ -165,11 +167,10 @@ func (s *Service) addInit(p *pod, sum *usageSum) error {
 }
 
 // groupUsage reads the usage of a cgroup and its CPU rate, nil before there is one.
-func (s *Service) groupUsage(key string, g cgroup.Group) (st cgroup.Stats, rate *runtime.UInt64Value, err error) {
+func (s *Service) groupUsage(key string, g cgroup.Group, old time.Duration) (st cgroup.Stats, rate *runtime.UInt64Value, err error) {
 	defer s.forgetGonePod(key)
 	e := s.stats.entry(key)
-	err = e.with(g, func(r *cgroup.Reader) (err error) { st, err = r.Stats(); return err })
-	if err != nil {
+	if st, err = e.stats(g, old); err != nil {
 		return cgroup.Stats{}, nil, err
 	}
 	if v, ok := e.nanoCores(st.CPUUsage, st.At); ok {

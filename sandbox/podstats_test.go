@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"errors"
 	"math"
 	"slices"
 	"strings"
@@ -150,5 +151,37 @@ func TestInForce(t *testing.T) {
 	}
 	if got := inForce(&runtime.LinuxContainerResources{}, cgroup.Limits{Memory: 5, Quota: 5, Period: 5, Shares: 5, CPUs: "0"}); !proto.Equal(got, &runtime.LinuxContainerResources{}) {
 		t.Errorf("what was not specified: %v", got)
+	}
+}
+
+// rootGroup is a cgroup that every machine has.
+func rootGroup(t testing.TB) cgroup.Group {
+	t.Helper()
+	h, err := cgroup.Detect()
+	if err != nil {
+		t.Skip(err)
+	}
+	return h.Group(cgroup.Cgroupfs, "/")
+}
+
+// Figures are taken over as long as they are fresh enough for the caller.
+func TestStatsAreShared(t *testing.T) {
+	g := rootGroup(t)
+	e := &statsEntry{}
+	defer func() { e.reader.Close() }()
+	var at []time.Time
+	for _, old := range []time.Duration{time.Hour, time.Hour, 0} {
+		st, err := e.stats(g, old)
+		if err != nil || st.At.IsZero() {
+			t.Fatal(st, err)
+		}
+		at = append(at, st.At)
+	}
+	if !at[1].Equal(at[0]) || !at[2].After(at[1]) {
+		t.Errorf("read at %v; want the second to be the first and the third a new one", at)
+	}
+	gone := &statsEntry{}
+	if _, err := gone.stats(cgroup.Group{}, time.Hour); !errors.Is(err, cgroup.ErrGone) {
+		t.Errorf("no group: %v", err)
 	}
 }

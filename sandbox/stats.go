@@ -28,8 +28,9 @@ type statsCache struct {
 
 // statsEntry is for a container, or for the cgroup of a pod.
 type statsEntry struct {
-	reading sync.Mutex // guards reader; held while the kernel's files are read
+	reading sync.Mutex // guards what follows; held while the kernel's files are read
 	reader  *cgroup.Reader
+	last    cgroup.Stats // what was read last, with the time of it; zero if that failed
 
 	mu       sync.Mutex // guards the rest
 	rate     cpuRate
@@ -90,6 +91,26 @@ func (e *statsEntry) with(g cgroup.Group, fn func(*cgroup.Reader) error) error {
 	return fn(e.reader)
 }
 
+// shared is how old figures may be that the calls for many containers or pods take
+// over from another such call: the kubelet makes several of them at a time, and
+// each is most of the work of the others. Calls for one read what is now.
+const shared = 100 * time.Millisecond
+
+// stats reads the usage of a group, unless it was read within the last time of
+// that length.
+func (e *statsEntry) stats(g cgroup.Group, old time.Duration) (st cgroup.Stats, err error) {
+	err = e.with(g, func(r *cgroup.Reader) error {
+		if time.Since(e.last.At) >= old {
+			if e.last, err = r.Stats(); err != nil {
+				return err
+			}
+		}
+		st = e.last
+		return nil
+	})
+	return st, err
+}
+
 // cpuRate makes a rate of readings of a counter. It goes back to a reading that
 // is at least minRateWindow old if there is one, so that it does not matter how
 // often and by how many callers it is asked for.
@@ -133,12 +154,12 @@ func (s *Service) ContainerStats(ctx context.Context, id string) (*runtime.Conta
 	if err != nil {
 		return nil, err
 	}
-	out, _, err := s.containerStats(ctx, c)
+	out, _, err := s.containerStats(ctx, c, 0)
 	return out, err
 }
 
 // ListContainerStats returns the usage of all running containers that match the
-// filter, the newest first; nil matches all. A container that cannot be read has
+// filter, the newest first, as of the last 100 ms; nil matches all. A container that cannot be read has
 // no figures.
 func (s *Service) ListContainerStats(ctx context.Context, f *runtime.ContainerStatsFilter) ([]*runtime.ContainerStats, error) {
 	list := s.matching(f.GetId(), f.GetPodSandboxId(), f.GetLabelSelector())
@@ -148,7 +169,7 @@ func (s *Service) ListContainerStats(ctx context.Context, f *runtime.ContainerSt
 	ctx, cancel := context.WithTimeout(ctx, firstWalk)
 	defer cancel()
 	return eachCPU(list, func(c *container) *runtime.ContainerStats {
-		out, _, err := s.containerStats(ctx, c)
+		out, _, err := s.containerStats(ctx, c, shared)
 		if err != nil {
 			klog.FromContext(ctx).V(2).Info("Stats not read", "containerID", c.ID, "err", err)
 		}
@@ -176,9 +197,10 @@ func eachCPU[A, B any](list []A, fn func(A) B) []B {
 	return out
 }
 
-// containerStats reads the usage of a container, and returns it also as it was
-// read. What it can tell it does, also with an error.
-func (s *Service) containerStats(ctx context.Context, c *container) (*runtime.ContainerStats, cgroup.Stats, error) {
+// containerStats reads the usage of a container, or takes over what is not older
+// than old, and returns it also as it was read. What it can tell it does, also with
+// an error.
+func (s *Service) containerStats(ctx context.Context, c *container, old time.Duration) (*runtime.ContainerStats, cgroup.Stats, error) {
 	out := &runtime.ContainerStats{Attributes: &runtime.ContainerAttributes{Id: c.ID, Metadata: c.config.GetMetadata(),
 		Labels: c.config.GetLabels(), Annotations: c.config.GetAnnotations()}}
 	defer s.forgetGone(c.ID)
@@ -186,7 +208,7 @@ func (s *Service) containerStats(ctx context.Context, c *container) (*runtime.Co
 	var st cgroup.Stats
 	var err error
 	if c.State == StateRunning || c.State == StateCreated {
-		err = e.with(s.groupOf(c), func(r *cgroup.Reader) (err error) { st, err = r.Stats(); return err })
+		st, err = e.stats(s.groupOf(c), old)
 		if errors.Is(err, cgroup.ErrGone) {
 			err = nil // it ends just now
 		} else if err == nil {
