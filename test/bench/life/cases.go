@@ -71,7 +71,7 @@ func execCase(ctx context.Context, b *bench, t *target) (f figures, err error) {
 		return nil, err
 	}
 	f = figures{}
-	if err := b.ask(ctx, f, question{"ExecSync", b.o.execs, func(ctx context.Context) error { return p.exec(ctx) }}); err != nil {
+	if err := b.ask(ctx, f, question{"ExecSync", b.o.execs, 0, func(ctx context.Context) error { return p.exec(ctx) }}); err != nil {
 		return nil, err
 	}
 	began := time.Now()

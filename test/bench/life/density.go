@@ -28,7 +28,7 @@ func densityCase(ctx context.Context, b *bench, t *target) (figures, error) {
 // daemon restarted over them.
 func scaleCase(ctx context.Context, b *bench, t *target) (figures, error) {
 	return b.fill(ctx, t, filling{name: "scale", pods: b.o.scale, containers: 2, stages: 5, look: func(pods []*pod, f figures) error {
-		if err := b.ask(ctx, f, question{"ExecSync", probes, pods[len(pods)/2].exec}); err != nil {
+		if err := b.ask(ctx, f, question{"ExecSync", probes, 0, pods[len(pods)/2].exec}); err != nil {
 			return err
 		}
 		if err := b.beside(ctx, t, f); err != nil {
@@ -153,27 +153,32 @@ func (b *bench) reads(ctx context.Context, t *target, pods []*pod, f figures) er
 		}
 		return err
 	}
+	stats := func(ctx context.Context) error {
+		r, err := c.ListContainerStats(ctx, &runtime.ListContainerStatsRequest{})
+		return enough(len(r.GetStats()), containers, err)
+	}
+	podStats := func(ctx context.Context) error {
+		r, err := c.ListPodSandboxStats(ctx, &runtime.ListPodSandboxStatsRequest{})
+		return enough(len(r.GetStats()), len(pods), err)
+	}
 	for _, q := range []question{
-		{"ListPodSandbox", b.o.calls, func(ctx context.Context) error {
+		{"ListPodSandbox", b.o.calls, 0, func(ctx context.Context) error {
 			r, err := c.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{})
 			return enough(len(r.GetItems()), len(pods), err)
 		}},
-		{"ListContainers", b.o.calls, func(ctx context.Context) error {
+		{"ListContainers", b.o.calls, 0, func(ctx context.Context) error {
 			r, err := c.ListContainers(ctx, &runtime.ListContainersRequest{})
 			return enough(len(r.GetContainers()), containers, err)
 		}},
-		{"ContainerStatus", b.o.calls, func(ctx context.Context) error {
+		{"ContainerStatus", b.o.calls, 0, func(ctx context.Context) error {
 			r, err := c.ContainerStatus(ctx, &runtime.ContainerStatusRequest{ContainerId: one})
 			return enough(len(r.GetStatus().GetId()), 1, err)
 		}},
-		{"ListContainerStats", b.o.calls, func(ctx context.Context) error {
-			r, err := c.ListContainerStats(ctx, &runtime.ListContainerStatsRequest{})
-			return enough(len(r.GetStats()), containers, err)
-		}},
-		{"ListPodSandboxStats", b.o.calls, func(ctx context.Context) error {
-			r, err := c.ListPodSandboxStats(ctx, &runtime.ListPodSandboxStatsRequest{})
-			return enough(len(r.GetStats()), len(pods), err)
-		}},
+		{"ListContainerStats", b.o.calls, 0, stats},
+		{"ListPodSandboxStats", b.o.calls, 0, podStats},
+		// Nothing is left by then that could be taken over from the call before.
+		{"ListContainerStats anew", min(b.o.calls, 20), anew, stats},
+		{"ListPodSandboxStats anew", min(b.o.calls, 20), anew, podStats},
 	} {
 		if err := b.ask(ctx, f, q); err != nil {
 			return err
@@ -182,26 +187,34 @@ func (b *bench) reads(ctx context.Context, t *target, pods []*pod, f figures) er
 	return nil
 }
 
-// A question is a call that is made n times, one after the other.
+// anew is longer than any runtime here shares what it has read among callers.
+const anew = 200 * time.Millisecond
+
+// A question is a call that is made n times, one after the other, with a pause
+// before each.
 type question struct {
-	name string
-	n    int
-	ask  func(context.Context) error
+	name  string
+	n     int
+	pause time.Duration
+	ask   func(context.Context) error
 }
 
 func (b *bench) ask(ctx context.Context, f figures, q question) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*b.o.timeout)
 	defer cancel()
 	var took []float64
-	before := busy()
+	cost := 0.0
 	for range q.n {
+		time.Sleep(q.pause)
+		before := busy()
 		began := time.Now()
 		if err := q.ask(ctx); err != nil {
 			return fmt.Errorf("%s: %w", q.name, err)
 		}
 		took = append(took, ms(time.Since(began)))
+		cost += busy() - before
 	}
 	f[q.name+" p50, ms"], f[q.name+" p99, ms"] = endpoint.Quantile(took, 0.5), endpoint.Quantile(took, 0.99)
-	f[q.name+" CPU, ms"] = (busy() - before) * 1000 / float64(q.n)
+	f[q.name+" CPU, ms"] = cost * 1000 / float64(q.n)
 	return nil
 }
