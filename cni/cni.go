@@ -122,8 +122,9 @@ type Network struct {
 	live map[string]struct{} // attached by this process and not detached; guarded by mu
 }
 
-// New checks cfg and reads the configuration. Plugins that an earlier daemon left
-// running on CacheDir are being ended meanwhile, before the first new one. A node without one is no error: Ready tells.
+// New checks cfg and reads the configuration. A node without one is no error:
+// Ready tells. Plugins that an earlier daemon left running on CacheDir are ended
+// meanwhile, before the first new one runs.
 func New(cfg Config) (*Network, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
