@@ -83,6 +83,38 @@ func TestConnectToSomethingElse(t *testing.T) {
 	}
 }
 
+// Reach needs nothing of the shim but that it lives.
+func TestReach(t *testing.T) {
+	silent := listen(t, func(net.Conn) {})
+	r, err := shim.Reach(silent)
+	mustT(t, err)
+	if _, err := r.Client(ctxFor(t, 50*time.Millisecond)); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a shim that does not answer: %v, want DeadlineExceeded", err)
+	}
+	r, err = shim.Reach(silent)
+	mustT(t, err)
+	mustT(t, r.Close())
+	r, err = shim.Reach(listen(t, func(c net.Conn) { c.Write(hello(1, 1)) }))
+	mustT(t, err)
+	c, err := r.Client(ctxFor(t, 10*time.Second))
+	mustT(t, err)
+	mustT(t, c.Close())
+	for _, path := range []string{t.TempDir() + "/none", t.TempDir() + strings.Repeat("/long", 40) + "/s"} {
+		if _, err := shim.Reach(path); !errors.Is(err, shim.ErrGone) {
+			t.Errorf("%s: %v, want ErrGone", path, err)
+		}
+	}
+	// The socket of a shim that was killed.
+	dead := t.TempDir() + "/s"
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: dead})
+	mustT(t, err)
+	l.SetUnlinkOnClose(false)
+	mustT(t, l.Close())
+	if _, err := shim.Reach(dead); !errors.Is(err, shim.ErrGone) {
+		t.Errorf("nobody listens: %v, want ErrGone", err)
+	}
+}
+
 // A shim that does not answer holds a caller no longer than its context, and a
 // closed client leaves no goroutine.
 func TestDeadlines(t *testing.T) {
