@@ -167,9 +167,7 @@ func (s *Service) updateResources(ctx context.Context, o *op, id string, ch chan
 	rt := s.runtimeOfContainer(c)
 	res.Devices = nil // device rules are not part of an update
 	addBeyondCRI(res, ch.beyond)
-	if res.Memory != nil && ch.update.GetMemoryLimitInBytes() > 0 {
-		// Of itself cgroup v2 takes a limit below what is used, and kills for it;
-		// v1 refuses it.
+	if res.Memory != nil && lowersMemory(c.resources, ch.update) {
 		check := true
 		res.Memory.CheckBeforeUpdate = &check
 	}
@@ -184,6 +182,13 @@ func (s *Service) updateResources(ctx context.Context, o *op, id string, ch chan
 		return nil, errors.Join(fmt.Errorf("container %s: %w", id, err), s.restoreResources(ctx, rt, c, ch.undo))
 	}
 	return raw, nil
+}
+
+// lowersMemory tells whether an update lowers the limit of memory. Of itself cgroup
+// v2 takes one below what is used, and kills for it; v1 refuses it.
+func lowersMemory(old, update *runtime.LinuxContainerResources) bool {
+	was, now := old.GetMemoryLimitInBytes(), update.GetMemoryLimitInBytes()
+	return now > 0 && (now < was || was <= 0)
 }
 
 // restoreResources sets the limits back to what the book says, after an update

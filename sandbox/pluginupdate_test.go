@@ -122,19 +122,23 @@ func TestUpdateWithPlugins(t *testing.T) {
 	}
 }
 
-// A limit of memory is not set below what is used, which would kill; other limits
-// are no business of that.
+// A limit of memory is not lowered below what is used, which would kill. One that
+// stays may well be used up, and other limits are no business of that.
 func TestUpdateBelowUsage(t *testing.T) {
+	s, _, own, _, fail := updates(t)
+	s.deps.Plugins = nil
 	for _, tc := range []struct {
 		update *runtime.LinuxContainerResources
 		want   bool
 	}{
-		{&runtime.LinuxContainerResources{MemoryLimitInBytes: 1 << 20}, true},
 		{&runtime.LinuxContainerResources{CpuShares: 10}, false},
+		{&runtime.LinuxContainerResources{MemoryLimitInBytes: 4 << 20}, true},
+		{&runtime.LinuxContainerResources{MemoryLimitInBytes: 4 << 20, CpuShares: 20}, false},
+		{&runtime.LinuxContainerResources{MemoryLimitInBytes: 8 << 20}, false},
+		{&runtime.LinuxContainerResources{MemoryLimitInBytes: 2 << 20}, true},
 		{&runtime.LinuxContainerResources{MemoryLimitInBytes: -1}, false},
+		{&runtime.LinuxContainerResources{MemoryLimitInBytes: 8 << 20}, true},
 	} {
-		s, _, own, _, fail := updates(t)
-		s.deps.Plugins = nil
 		if err := s.UpdateResources(t.Context(), &runtime.UpdateContainerResourcesRequest{ContainerId: own, Linux: tc.update}); err != nil {
 			t.Fatal(err)
 		}
