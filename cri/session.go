@@ -53,7 +53,7 @@ const (
 	// watchEvery is how often sessions are looked at.
 	watchEvery = 5 * time.Second
 	// cutTimeout is how long a client that was cut off may take to learn why.
-	cutTimeout = 10 * time.Second
+	cutTimeout = 30 * time.Second
 	// endTimeout is how long sessions may take to end when the server does.
 	endTimeout = 3 * time.Second
 )

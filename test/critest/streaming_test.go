@@ -320,7 +320,7 @@ func TestStreamAttachSlow(t *testing.T) {
 	if st := c.wait(); st.ExitCode != 3 {
 		t.Errorf("exit code %d, want 3", st.ExitCode)
 	}
-	// At once: it has ten seconds to learn why.
+	// At once: it has half a minute to learn why.
 	n, _ := io.Copy(io.Discard, slow.Out)
 	if _, err := slow.Wait(); err == nil || !strings.Contains(err.Error(), "too slowly") || n >= size {
 		t.Errorf("after %d of %d bytes: %v, want to be told", n, size, err)
