@@ -114,8 +114,10 @@ type Own struct {
 	Bin        string   // directory of its programs; "" builds them
 	Config     string   // TOML put into its configuration
 	Registries []string // host:port of registries that speak plain HTTP
-	CNI        string   // node.Options.CNI
-	Subnet     string   // node.Options.Subnet
+	// RegistriesConf is a registries.conf that stands in place of one for them.
+	RegistriesConf string
+	CNI            string // node.Options.CNI
+	Subnet         string // node.Options.Subnet
 }
 
 // Start starts it. The node is to be closed also when it comes with an error; it
@@ -131,7 +133,7 @@ func (o Own) Start(ctx context.Context) (*node.Node, error) {
 			return nil, err
 		}
 	}
-	n, err := node.New(node.Options{Bin: bin, CNI: o.CNI, Subnet: o.Subnet, Registries: o.Registries,
+	n, err := node.New(node.Options{Bin: bin, CNI: o.CNI, Subnet: o.Subnet, Registries: o.Registries, RegistriesConf: o.RegistriesConf,
 		Config: fmt.Sprintf("state_dir = %q\n%s", filepath.Join(o.Dir, "state"), o.Config), Without: []string{"state_dir"}})
 	if err != nil {
 		return nil, err

@@ -49,6 +49,7 @@ type options struct {
 	calls           int
 	idle            time.Duration
 	image           string
+	registries      string
 	hostNetwork     bool
 	dir, bin        string
 	config          string
@@ -83,6 +84,7 @@ func parse() *options {
 	flag.IntVar(&o.logMiB, "log-mib", 512, "logs: MiB that a container prints")
 	flag.IntVar(&o.line, "line", 100, "logs: bytes of a line")
 	flag.StringVar(&o.image, "image", "", "image with a shell; \"\" is a busybox that is served here")
+	flag.StringVar(&o.registries, "registries-conf", "", "registries.conf for a berthd of its own, to pull -image by")
 	flag.BoolVar(&o.hostNetwork, "host-network", false, "pods have the host's network")
 	flag.StringVar(&o.dir, "dir", "", "where the state of a berthd of its own goes; \"\" means a temporary directory")
 	flag.StringVar(&o.bin, "bin", "", "directory of a built berthd; \"\" means to build it")

@@ -136,7 +136,7 @@ func (b *bench) ownNode(ctx context.Context, registryAddr string) (*node.Node, e
 	if err != nil {
 		return nil, err
 	}
-	own := endpoint.Own{Dir: dir, Bin: b.o.bin, Config: b.o.config, Subnet: ownSubnet()}
+	own := endpoint.Own{Dir: dir, Bin: b.o.bin, Config: b.o.config, Subnet: ownSubnet(), RegistriesConf: b.o.registries}
 	if registryAddr != "" {
 		own.Registries = []string{registryAddr}
 	}
