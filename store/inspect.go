@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"go.etcd.io/bbolt"
 )
@@ -45,6 +47,32 @@ func (s *Store) Check() error {
 		return fmt.Errorf("book %s: %w", s.path, err)
 	}
 	return nil
+}
+
+// Unreadable lists the rows of all tables whose checksums are wrong and that are not
+// in the quarantine: what has become of the file since they were read. It changes
+// nothing.
+func (s *Store) Unreadable() (bad []Quarantine) {
+	known := s.Quarantined()
+	_ = s.db.View(func(tx *bbolt.Tx) error { // after a close there is nothing to tell
+		tables := tx.Bucket(tablesBucket)
+		if tables == nil {
+			return nil
+		}
+		return tables.ForEachBucket(func(name []byte) error {
+			return tables.Bucket(name).ForEach(func(k, v []byte) error {
+				_, _, err := unframe(string(name), string(k), v)
+				q := Quarantine{Table: string(name), Key: string(k), At: time.Now()}
+				if err == nil || slices.ContainsFunc(known, func(o Quarantine) bool { return o.Table == q.Table && o.Key == q.Key }) {
+					return nil
+				}
+				q.Reason = err.Error()
+				bad = append(bad, q)
+				return nil
+			})
+		})
+	})
+	return bad
 }
 
 // check reads every page, so that damage is met here and not later in the

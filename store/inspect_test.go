@@ -75,6 +75,37 @@ func TestInspect(t *testing.T) {
 	}
 }
 
+// A row that has rotted since it was read is told, and left as it is; one that is in
+// the quarantine is not told again.
+func TestUnreadable(t *testing.T) {
+	s := mustBook(t)
+	mustPut(t, s, "good", pod{})
+	mustPut(t, s, "rotten", pod{})
+	if bad := s.Unreadable(); len(bad) != 0 {
+		t.Errorf("a healthy book: %v", bad)
+	}
+	if err := s.Update(func(tx *Tx) error {
+		b := pods.bucket(tx)
+		v := append([]byte(nil), b.Get([]byte("rotten"))...)
+		v[len(v)-1] ^= 1
+		return b.Put([]byte("rotten"), v)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		bad := s.Unreadable()
+		if len(bad) != 1 || bad[0].Table != "pods" || bad[0].Key != "rotten" || !strings.Contains(bad[0].Reason, "checksum") {
+			t.Fatalf("unreadable: %+v", bad)
+		}
+	}
+	if err := s.View(func(tx *Tx) error { return pods.Each(tx, func(string, pod) error { return nil }) }); err != nil {
+		t.Fatal(err)
+	}
+	if bad := s.Unreadable(); len(bad) != 0 || len(s.Quarantined()) != 1 {
+		t.Errorf("after it was put aside: %v, %v", bad, s.Quarantined())
+	}
+}
+
 // Rows are dropped from the quarantine only with a copy, and only those asked for.
 func TestForgetWithCopy(t *testing.T) {
 	dir := t.TempDir()
