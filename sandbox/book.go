@@ -271,6 +271,30 @@ func (b *book) deleteContainer(id string) error {
 	return nil
 }
 
+// rewritePod writes a row as readers see it, over one that cannot be read any more.
+func (b *book) rewritePod(id string) error {
+	mu := b.row(id)
+	mu.Lock()
+	defer mu.Unlock()
+	p := b.view().pods[id]
+	if p == nil {
+		return nil
+	}
+	return b.st.Update(func(tx *store.Tx) error { return podTable.Put(tx, id, p.podRow) })
+}
+
+// rewriteContainer is for containers what rewritePod is for pods.
+func (b *book) rewriteContainer(id string) error {
+	mu := b.row(id)
+	mu.Lock()
+	defer mu.Unlock()
+	c := b.view().containers[id]
+	if c == nil {
+		return nil
+	}
+	return b.st.Update(func(tx *store.Tx) error { return containerTable.Put(tx, id, c.containerRow) })
+}
+
 // publishPod makes p, or with nil its absence, visible to readers, and tells
 // followers what that means.
 func (b *book) publishPod(id string, p *pod) {
