@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/berthd/berth/cri/admin/api"
@@ -106,6 +107,47 @@ func leaks(a *app, fs *flag.FlagSet) func(context.Context, []string) error {
 		}
 		// Also after an error: what was seen until then has been done, or is there.
 		return errors.Join(err, a.conclude(f, "nothing without an owner", "without an owner", "removed"))
+	}
+}
+
+func check(a *app, fs *flag.FlagSet) func(context.Context, []string) error {
+	repair := fs.Bool("repair", false, "put right what can be put right safely")
+	return func(ctx context.Context, _ []string) error {
+		f, err := a.inspect(ctx, api.PathCheck, "check", *repair)
+		if f == nil || err != nil && len(f.Findings) == 0 {
+			return err
+		}
+		if !a.json {
+			for _, d := range f.Findings {
+				a.deviation(d)
+			}
+		}
+		return errors.Join(err, a.conclude(f, "book and node agree", "deviations", "put right"))
+	}
+}
+
+// deviation prints a finding of check with what comes of it.
+func (a *app) deviation(f api.Finding) {
+	line := func(indent, s string) {
+		for i, l := range wrap(printable(s), 160) {
+			if i > 0 {
+				indent = "    "
+			}
+			fmt.Fprintln(a.out, indent+l)
+		}
+	}
+	line("", strings.Join(strings.Fields(f.Kind+" "+f.ID+" "+f.What), " ")+": "+f.Why)
+	switch {
+	case f.Mended:
+		line("  ", "put right")
+	case f.Error != "":
+		line("  ", "not put right: "+f.Error)
+	}
+	if f.Consequence != "" && !f.Mended {
+		line("  ", "consequence: "+f.Consequence)
+	}
+	if f.Remedy != "" && !(f.Mended && strings.HasPrefix(f.Remedy, "--repair")) {
+		line("  ", "remedy: "+f.Remedy)
 	}
 }
 

@@ -59,3 +59,39 @@ func TestLeaks(t *testing.T) {
 		}
 	}
 }
+
+// TestCheck: a deviation is shown with what comes of it, unless it is put right.
+func TestCheck(t *testing.T) {
+	all := []api.Finding{
+		{Kind: "pod", ID: "p", What: "shm", Why: "nothing is mounted there", Consequence: "no shm", Remedy: "remove the pod"},
+		{Kind: "container", ID: "c", What: "note", Why: "missing", Consequence: "quiet", Remedy: "--repair writes it", Mendable: true, Mended: true},
+		{Kind: "row", ID: "r", Why: "rotten", Mendable: true, Error: "disk full"},
+	}
+	sock := daemon(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != api.PathCheck {
+			t.Errorf("path %s", r.URL)
+		}
+		enc := json.NewEncoder(w)
+		for i := range all {
+			enc.Encode(api.Record{Finding: &all[i]})
+		}
+		enc.Encode(api.Record{Done: true})
+	})
+	out, errOut, code := command(t, "", "check", "--repair", "--socket", sock)
+	want := `pod p shm: nothing is mounted there
+  consequence: no shm
+  remedy: remove the pod
+container c note: missing
+  put right
+row r: rotten
+  not put right: disk full
+3 deviations, 1 put right
+`
+	if code != exitDamaged || out != want || !strings.Contains(errOut, "still there: 2") {
+		t.Errorf("exit %d, %q: got\n%s\nwant\n%s", code, errOut, out, want)
+	}
+	all = nil
+	if out, _, code := command(t, "", "check", "--socket", sock); code != 0 || out != "book and node agree\n" {
+		t.Errorf("nothing: exit %d, %q", code, out)
+	}
+}

@@ -10,7 +10,7 @@
 //	2  wrong command line
 //	3  berthd cannot be reached
 //	4  an image that was named is not there
-//	5  damage or leaks were found and are still there (image verify, leaks)
+//	5  something was found and is still there (image verify, leaks, check)
 package main
 
 import (

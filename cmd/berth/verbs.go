@@ -68,6 +68,11 @@ func init() {
 				"What operations under way are making is theirs. With --fix it is removed where that is safe. While berthd does not run, its program looks by itself, and no berthd can start meanwhile. " +
 				"Exit code 5 tells that something is still there.",
 			examples: []string{"berth leaks", "berth leaks --fix", "berth leaks --json | jq '.findings[].what'"}},
+		{name: "check", short: "compare the book with itself and with the node", setup: check,
+			long: "Pages and rows of the book; pods and containers that it calls alive with their namespaces, shims, processes, control groups, files and notes; snapshots with their directories; images with their layers, whose contents \"image verify\" compares. " +
+				"Each deviation is shown with its consequence and its remedy. With --repair it is put right where that is safe: states are recorded, notes written anew, unreadable rows dropped with a copy. " +
+				"While berthd does not run, its program looks by itself and changes nothing; with --repair it does first what a start of berthd does. Exit code 5 tells that something is still wrong.",
+			examples: []string{"berth check", "berth check --repair", "berth check --json | jq '.findings[] | {id, why}'"}},
 		{name: "config default", short: "print a configuration file with every key and its default", setup: configDefault,
 			examples: []string{"berth config default > /etc/berth/berth.toml"}},
 		{name: "config validate", args: "[FILE]", most: 1, short: "check a configuration file and its drop-ins", setup: configValidate,
@@ -112,7 +117,7 @@ func overview(w io.Writer, group string) {
 		}
 	}
 	fmt.Fprint(w, "\nberth COMMAND --help tells more, with examples. Every command knows --json.\n"+
-		"Exit codes: 0 done, 1 failed, 2 wrong command line, 3 berthd not reachable, 4 image not found, 5 damage or leaks are still there.\n")
+		"Exit codes: 0 done, 1 failed, 2 wrong command line, 3 berthd not reachable, 4 image not found, 5 what was found is still there.\n")
 }
 
 // wrap breaks text at spaces into lines of at most width bytes.

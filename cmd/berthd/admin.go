@@ -17,7 +17,7 @@ import (
 func (d *daemon) serveAdmin(ctx context.Context, p parts, edge *cri.Server) (stop func(), err error) {
 	s, err := admin.New(admin.Deps{Images: p.images, Puller: p.images, Importer: p.images, Exporter: p.images, Verifier: p.images,
 		Ops:   func() []api.Op { return underWay(p.pods, edge) },
-		Leaks: p.leaks, Config: d.inForce, Version: version()})
+		Leaks: p.leaks, Check: p.check, Config: d.inForce, Version: version()})
 	if err != nil {
 		return nil, err
 	}

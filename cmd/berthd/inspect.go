@@ -8,6 +8,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"time"
 
 	"k8s.io/klog/v2"
 	"k8s.io/klog/v2/textlogger"
@@ -36,6 +38,12 @@ func (p parts) leaks(ctx context.Context, fix bool, tell func(api.Finding)) erro
 	report := reporter(tell)
 	// Containers first: layers are kept by them.
 	return errors.Join(p.pods.Leaks(ctx, fix, report), p.images.Leaks(ctx, fix, report))
+}
+
+// check tells of what is not as the book has it, and with repair puts it right.
+func (p parts) check(ctx context.Context, repair bool, tell func(api.Finding)) error {
+	report := reporter(tell)
+	return errors.Join(p.pods.Check(ctx, repair, report), p.images.Check(ctx, repair, report))
 }
 
 // reporter turns findings into what is sent.
@@ -69,8 +77,10 @@ func inspect(src source, what string, mend bool, stdout, stderr io.Writer) error
 }
 
 func inspectTo(ctx context.Context, src source, what string, mend bool, stderr io.Writer, tell func(api.Finding)) error {
-	if what != "leaks" {
-		return fmt.Errorf("--inspect %q: want leaks or ops", what)
+	looks := map[string]func(*config, context.Context, string, bool, func(api.Finding)) error{"leaks": (*config).leaks, "check": (*config).check}
+	look := looks[what]
+	if look == nil {
+		return fmt.Errorf("--inspect %q: want leaks, check or ops", what)
 	}
 	c, err := src.load()
 	if err != nil {
@@ -90,26 +100,72 @@ func inspectTo(ctx context.Context, src source, what string, mend bool, stderr i
 	}
 	klog.SetLoggerWithOptions(log, klog.ContextualLogger(true))
 	ctx = klog.NewContext(ctx, log)
-	return c.observe(ctx, path, mend, func(p parts) error { return p.leaks(ctx, mend, tell) })
+	return look(c, ctx, path, mend, tell)
 }
 
+func (c *config) leaks(ctx context.Context, path string, fix bool, tell func(api.Finding)) error {
+	how := toLook
+	if fix {
+		how = toWrite
+	}
+	return c.observe(ctx, path, how, func(p parts) error { return p.leaks(ctx, fix, tell) })
+}
+
+// check looks, and with repair does what the start of a daemon does, looks again,
+// and tells what has been put right by either.
+func (c *config) check(ctx context.Context, path string, repair bool, tell func(api.Finding)) error {
+	var found []api.Finding
+	collect := func(f api.Finding) { found = append(found, f) }
+	err := c.observe(ctx, path, toLook, func(p parts) error { return p.check(ctx, false, collect) })
+	if errors.Is(err, store.ErrCorrupt) {
+		collect(api.Finding{Kind: "book", What: path, Why: err.Error(), Consequence: "no berthd can read it: one that starts sets it aside, begins a new one, and finds pods and containers again by their notes",
+			Remedy: "start berthd, or --repair; then pull images again"})
+		err = nil
+	}
+	if err != nil || !repair {
+		for _, f := range found {
+			tell(f)
+		}
+		return err
+	}
+	before := found
+	found = nil
+	err = c.observe(ctx, path, toSettle, func(p parts) error { return p.check(ctx, true, collect) })
+	same := func(a, b api.Finding) bool {
+		// An image that lacks a layer may be hidden by now.
+		return a.Kind == b.Kind && a.ID == b.ID && (a.What == b.What || a.Kind == "image")
+	}
+	for _, f := range before {
+		if !slices.ContainsFunc(found, func(g api.Finding) bool { return same(f, g) }) {
+			f.Mended = err == nil
+			tell(f)
+		}
+	}
+	for _, f := range found {
+		tell(f)
+	}
+	return err
+}
+
+// What a process does that is no daemon.
+const (
+	toLook   = iota // read, and change nothing
+	toWrite         // take charge of nothing, but what is done is written
+	toSettle        // what a daemon does at its start
+)
+
+// settleLimit bounds how long that may take.
+const settleLimit = 2 * time.Minute
+
 // observe puts the parts together as they are without a daemon, for look to use.
-func (c *config) observe(ctx context.Context, path string, write bool, look func(parts) error) (err error) {
+func (c *config) observe(ctx context.Context, path string, how int, look func(parts) error) (err error) {
 	node, err := c.sandbox()
 	if err != nil {
 		return err
 	}
-	book, err := store.Inspect(path)
+	book, err := openBook(path, how)
 	if err != nil {
 		return err
-	}
-	if write { // now that it is known to be whole, and nothing would be set aside
-		if err := book.Close(); err != nil {
-			return err
-		}
-		if book, err = store.Open(path); err != nil {
-			return err
-		}
 	}
 	defer join(&err, book.Close)
 	lock, err := lockDir(ctx, c.RunDir) // after the book, as a daemon does
@@ -122,10 +178,16 @@ func (c *config) observe(ctx context.Context, path string, write bool, look func
 		return err
 	}
 	imageConf, netConf := c.images(), c.network()
-	imageConf.Observe, netConf.Observe, node.Observe = true, true, true
+	imageConf.Observe, netConf.Observe, node.Observe = how != toSettle, how != toSettle, how != toSettle
 	images, err := imageservice.New(ctx, imageConf, book, snapshots)
 	if err != nil {
 		return err
+	}
+	if how == toSettle {
+		defer join(&err, images.Close)
+		if err := netns.PrivateMount(c.RunDir); err != nil {
+			return err
+		}
 	}
 	pins, err := netns.NewPins(filepath.Join(c.RunDir, "ns"))
 	if err != nil {
@@ -141,5 +203,28 @@ func (c *config) observe(ctx context.Context, path string, write bool, look func
 	}
 	defer join(&err, func() error { return closeWithin(pods.Close) })
 	images.SetInUse(pods.ImagesInUse)
+	if how == toSettle {
+		settled, cancel := context.WithTimeout(ctx, settleLimit)
+		defer cancel()
+		if err := pods.Settle(settled); err != nil {
+			return err
+		}
+	}
 	return look(parts{pods, images})
+}
+
+// openBook opens a book that exists. To be written, but not to settle, it has to be
+// whole: nothing is set aside then.
+func openBook(path string, how int) (*store.Store, error) {
+	if how == toSettle {
+		return store.Open(path)
+	}
+	book, err := store.Inspect(path)
+	if err != nil || how == toLook {
+		return book, err
+	}
+	if err := book.Close(); err != nil {
+		return nil, err
+	}
+	return store.Open(path)
 }

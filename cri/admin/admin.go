@@ -75,6 +75,8 @@ type Deps struct {
 	Verifier Verifier
 	// Leaks tells of what nobody on the node owns, and with fix removes it.
 	Leaks Inspection
+	// Check tells of what is not as the book has it, and with repair puts it right.
+	Check Inspection
 	// Ops lists what is under way in the daemon, pulls left out.
 	Ops func() []api.Op
 	// Config returns the configuration in force: its values by key, and as a file.
@@ -103,7 +105,7 @@ type Server struct {
 
 // New returns a server; Serve makes it reachable.
 func New(deps Deps) (*Server, error) {
-	if deps.Images == nil || deps.Puller == nil || deps.Importer == nil || deps.Exporter == nil || deps.Verifier == nil || deps.Ops == nil || deps.Leaks == nil || deps.Config == nil {
+	if deps.Images == nil || deps.Puller == nil || deps.Importer == nil || deps.Exporter == nil || deps.Verifier == nil || deps.Ops == nil || deps.Leaks == nil || deps.Check == nil || deps.Config == nil {
 		return nil, errors.New("admin server: a service behind it is missing")
 	}
 	s := &Server{deps: deps, mux: http.NewServeMux(), work: make(chan struct{}, maxWork)}

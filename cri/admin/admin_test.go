@@ -142,7 +142,7 @@ func (s *shelf) Export(_ context.Context, w io.Writer, refs []string, o imageser
 // serve starts a server on a socket and returns a client of it.
 func serve(t *testing.T, s *shelf) (*http.Client, string) {
 	t.Helper()
-	srv, err := New(Deps{Images: s, Puller: s, Importer: s, Exporter: s, Verifier: s, Leaks: s.leaks, Version: "1.2.3",
+	srv, err := New(Deps{Images: s, Puller: s, Importer: s, Exporter: s, Verifier: s, Leaks: s.leaks, Check: s.leaks, Version: "1.2.3",
 		Ops:    func() []api.Op { return s.ops },
 		Config: func() (map[string]any, string) { return map[string]any{"k": 1}, "k = 1\n" }})
 	if err != nil {
@@ -356,6 +356,25 @@ func TestExport(t *testing.T) {
 		}
 		if err != nil || string(b) != fmt.Sprintf("archive [%q \"second\"] true", ref) || !ok || e.Code != code {
 			t.Errorf("%s: %q, %v, trailer %q %v", ref, b, err, said, ok)
+		}
+	}
+}
+
+// TestInspect: findings are sent one by one, and what the look failed of at the end.
+func TestInspect(t *testing.T) {
+	needRoot(t)
+	c, _ := serve(t, &shelf{})
+	for _, path := range []string{api.PathLeaks, api.PathCheck} {
+		for body, mended := range map[string]bool{`{"mend":true}`: true, `{}`: false} {
+			_, answer := call(t, c, "POST", path, body)
+			recs := records(t, answer)
+			if len(recs) != 3 || recs[0].Finding == nil || recs[0].Finding.Mended != mended || !recs[0].Finding.Mendable ||
+				recs[1].Finding == nil || recs[1].Finding.Kind != "stranger" || !recs[2].Done || recs[2].Error == nil {
+				t.Errorf("%s with %s: %s", path, body, answer)
+			}
+		}
+		if status, answer := call(t, c, "POST", path, `[]`); !strings.Contains(answer, `"code":"invalid"`) {
+			t.Errorf("%s with rubbish: %v %s", path, status, answer)
 		}
 	}
 }

@@ -30,6 +30,7 @@ func (s *Server) routes() {
 	long(s, api.PathPull, s.pull)
 	long(s, api.PathVerify, s.verify)
 	long(s, api.PathLeaks, inspection(s.deps.Leaks))
+	long(s, api.PathCheck, inspection(s.deps.Check))
 	s.mux.HandleFunc("GET "+api.PathExport, s.export)
 	s.mux.HandleFunc("POST "+api.PathImport, s.importImages)
 }

@@ -40,6 +40,7 @@ const (
 	PathVerify = "/v1/images/verify"
 	// POST InspectRequest: records with a Finding each.
 	PathLeaks = "/v1/leaks"
+	PathCheck = "/v1/check"
 )
 
 // TrailerError is the trailer of an export that tells, as the JSON of an Error, why it ends
