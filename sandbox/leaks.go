@@ -88,10 +88,13 @@ func (s *Service) rowLeaks() []store.Finding {
 	// First the rows, then the operations, then the rows again: what is made or
 	// removed now is either in operation or has changed.
 	v := s.book.view()
-	add := func(kind, id string, created int64, busy bool, removing bool, failure string, mend func(context.Context) error) {
-		why := "it was not made to the end, and no operation is at it"
-		if removing {
-			why = "its removal was begun and has not succeeded: " + cmp.Or(failure, "the daemon ended in between")
+	add := func(kind, id string, created int64, busy bool, state State, failure string, mend func(context.Context) error) {
+		why := "its removal was begun and has not succeeded: " + cmp.Or(failure, "the daemon ended in between")
+		switch state {
+		case StateCreating:
+			why = "it was not made to the end, and no operation is at it"
+		case stateOrphan:
+			why = "its pod is not in the book"
 		}
 		if !busy {
 			found = append(found, store.Finding{Kind: "row", ID: id, What: kind, Why: why, Since: time.Unix(0, created), Mend: mend})
@@ -103,7 +106,7 @@ func (s *Service) rowLeaks() []store.Finding {
 		}
 		busy := s.ops.active("run pod", podKey(p.config)) || s.ops.active("remove pod", id) || s.ops.active("stop pod", id)
 		now := s.book.view().pods[id]
-		add("pod", id, p.Created, busy || now == nil || now.Rev != p.Rev, p.Removing, p.Failure,
+		add("pod", id, p.Created, busy || now == nil || now.Rev != p.Rev, unlistedAs(p.State, p.Removing), p.Failure,
 			func(ctx context.Context) error { return s.destroyPodOp(ctx, id) })
 	}
 	for id, c := range v.containers {
@@ -113,10 +116,27 @@ func (s *Service) rowLeaks() []store.Finding {
 		}
 		busy := s.ops.active("create container", containerKey(c.PodID, c.config)) || s.ops.active("remove container", id) || s.ops.active("remove pod", c.PodID)
 		now := s.book.view().containers[id]
-		add("container", id, c.Created, busy || now == nil || now.Rev != c.Rev, c.Removing, c.Failure,
+		state := unlistedAs(c.State, c.Removing)
+		if c.listed() {
+			state = stateOrphan
+		}
+		add("container", id, c.Created, busy || now == nil || now.Rev != c.Rev, state, c.Failure,
 			func(ctx context.Context) error { return s.destroyContainerOp(ctx, id) })
 	}
 	return found
+}
+
+// What rowLeaks tells apart, beside StateCreating.
+const (
+	stateOrphan  State = "orphan"
+	stateLeaving State = "leaving"
+)
+
+func unlistedAs(state State, removing bool) State {
+	if removing {
+		return stateLeaving
+	}
+	return state
 }
 
 // leftovers are what is there and is not in the book: set differences, one for each

@@ -151,12 +151,18 @@ func TestLeaksOfLostRows(t *testing.T) {
 	r.must(r.Kill())
 	r.finds("without its daemon", r.look(0, "leaks"))
 	r.removeRow("pods", lost)
-	r.finds("a container without its pod", r.look(5, "leaks"), "address", "attachment", "iptables", "namespaces", "pod files", "row")
+	found := r.look(5, "leaks")
+	r.finds("a container without its pod", found, "address", "attachment", "iptables", "namespaces", "pod files", "row")
+	for _, f := range found {
+		if f.Kind == "row" && (f.ID != inLost || f.Why != "its pod is not in the book") {
+			t.Errorf("row: %+v", f)
+		}
+	}
 	r.removeRow("containers", inLost)
 	gone := r.foreign()
 	want := []string{"address", "attachment", "bundle", "cgroup", "container state", "iptables", "namespaces", "pod files",
 		"runtime state", "shim", "snapshot", "socket"}
-	found := r.look(5, "leaks")
+	found = r.look(5, "leaks")
 	r.finds("lost rows", found, want...)
 	for _, f := range found {
 		if f.ID != lost && f.ID != inLost {
