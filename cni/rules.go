@@ -85,7 +85,8 @@ func savedRules(ctx context.Context, save string) ([]rule, error) {
 	return parseRules(out.buf.Bytes()), nil
 }
 
-// parseRules reads the output of iptables-save(8). It is pure.
+// parseRules reads the output of iptables-save(8), and returns the rules in and to
+// chains of the plugins, of which a node may have few among many. It is pure.
 func parseRules(text []byte) []rule {
 	var out []rule
 	table := ""
@@ -95,7 +96,7 @@ func parseRules(text []byte) []rule {
 			table = name
 		}
 		body, ok := strings.CutPrefix(s, "-A ")
-		if !ok {
+		if !ok || !strings.Contains(body, "CNI-") {
 			continue
 		}
 		r := rule{table: table, text: body}

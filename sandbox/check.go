@@ -55,9 +55,13 @@ func (s *Service) check(ctx context.Context) ([]store.Finding, error) {
 		c.pod(ctx, v.pods[id], attached, points)
 		found = append(found, c.found...)
 	}
+	var all []*checks
 	for _, id := range slices.Sorted(maps.Keys(v.containers)) {
-		c := &checks{s: s, kind: "container", id: id}
-		c.container(ctx, v, v.containers[id])
+		all = append(all, &checks{s: s, kind: "container", id: id})
+	}
+	// Side by side, as shims that do not answer take their time.
+	_ = parallel(all, 32, func(c *checks) error { c.container(ctx, v, v.containers[c.id]); return nil })
+	for _, c := range all {
 		found = append(found, c.found...)
 	}
 	return found, ctx.Err()

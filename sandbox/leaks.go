@@ -57,7 +57,7 @@ func (s *Service) Leaks(ctx context.Context, fix bool, report store.Report) erro
 		defer s.sweepMu.Unlock()
 	}
 	err = store.Tell(ctx, found, fix, report)
-	if fix && err == nil && len(found) > 0 {
+	if fix && err == nil && len(found) > 0 && len(s.noted) == 0 { // whether those are attached only their notes say
 		err = s.collectNetwork(ctx)
 	}
 	if err = errors.Join(blind, err); err != nil {

@@ -38,7 +38,7 @@ func (s *Service) ownLeaks(ctx context.Context) ([]store.Finding, error) {
 // leakedDirs are none while snapshots that the book has lost may be in use.
 func (s *Service) leakedDirs(ctx context.Context) ([]string, error) {
 	c, ok := s.deps.Snapshots.(snapshotter.Cleaner)
-	if !ok || s.lostSnapshots() && !s.layersKnown(ctx) {
+	if !ok || s.lostSnapshots() && (len(s.noted) > 0 || !s.layersKnown(ctx)) {
 		return nil, nil
 	}
 	return c.Leaked(ctx)

@@ -3,6 +3,7 @@ package crash
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -155,17 +156,19 @@ func TestCheckStopped(t *testing.T) {
 	t.Parallel()
 	r := startNode(t, node.Options{})
 	a, cfgA := r.pod("a")
-	ends := r.launch(a, cfgA, "ends", "sh", "-c", "trap 'exit 3' TERM; sleep 300 & wait")
+	ends := r.launch(a, cfgA, "ends", "sh", "-c", "sleep 300; exit 3")
 	lost := r.launch(a, cfgA, "lost", "sleep", "300")
 	unreadable := r.launch(a, cfgA, "unreadable", "sleep", "300")
 	unlisted := r.launch(a, cfgA, "unlisted", "sleep", "300")
 	b, cfgB := r.pod("b")
 	orphan := r.launch(b, cfgB, "orphan", "sleep", "300")
 	r.must(r.Stop(r.ctx))
-	for _, pid := range r.processes(ends)[:1] {
-		r.must(unix.Kill(pid, unix.SIGTERM))
-	}
 	r.until("exit record", func() bool {
+		for _, pid := range r.processes(ends) {
+			if text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && strings.HasPrefix(string(text), "sleep\x00") {
+				unix.Kill(pid, unix.SIGKILL)
+			}
+		}
 		_, err := os.Stat(filepath.Join(r.StateDir, "containers", ends, "exit"))
 		return err == nil
 	})
