@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/snapshotter"
@@ -16,7 +17,8 @@ import (
 
 // Remove removes the image that ref means, with all its names, and frees the layers that
 // nothing else needs. ErrNotFound when there is none. A layer that cannot be removed now
-// is tried again until it can.
+// is tried again until it can. What the layers took on disk is freed in the background,
+// and Remove waits for that only where the disk is short: see settle.
 func (s *Service) Remove(ctx context.Context, ref string) error {
 	used := s.used()
 	if err := failpoint(ctx, verbRemove, "drop"); err != nil {
@@ -29,10 +31,48 @@ func (s *Service) Remove(ctx context.Context, ref string) error {
 	log := klog.FromContext(ctx)
 	log.V(2).Info("Image removed", "image", id, "inUse", used[id])
 	// The caller's deadline is no reason to leave layers behind.
-	if err := s.GC(context.WithoutCancel(ctx)); err != nil {
+	freed, err := s.gcOrRetry(context.WithoutCancel(ctx))
+	if err != nil {
 		log.Error(err, "Layers of a removed image left for the next sweep", "image", id)
 	}
+	s.settle(ctx, freed)
 	return failpoint(ctx, verbRemove, "answer")
+}
+
+// shortOf is the part of blocks, or of inodes, below which a disk is short. The kubelet
+// looks at the disk as soon as a removal is answered, and evicts pods if that has not
+// helped; it does so from 15 % downwards unless told otherwise.
+const shortOf = 0.25
+
+// settle waits until what was removed is free again, if the disk is short, for as long as
+// a caller in a hurry gets an answer: the image is gone in any case.
+func (s *Service) settle(ctx context.Context, freed <-chan struct{}) {
+	if !s.short(s.cfg.LayersDir) {
+		return
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Until(deadline)*3/4)
+		defer cancel()
+	}
+	select {
+	case <-freed:
+	case <-ctx.Done():
+	}
+}
+
+// short tells whether the file system of dir is; one that cannot be asked is.
+func short(dir string) bool {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return true
+	}
+	return isCrowded(&fs)
+}
+
+// isCrowded: a file system that counts no inodes, such as btrfs, says 0.
+func isCrowded(fs *unix.Statfs_t) bool {
+	return float64(fs.Bavail) < shortOf*float64(fs.Blocks) || float64(fs.Ffree) < shortOf*float64(fs.Files)
 }
 
 func (s *Service) dropImage(ref string, used map[string]bool) (string, error) {
@@ -55,13 +95,20 @@ func (s *Service) dropImage(ref string, used map[string]bool) (string, error) {
 // GC removes layers that no image needs, images that were removed while in use and are
 // no longer, and extractions that nobody works on. Layers below a container's snapshot
 // stay. While the book may be missing rows no layer is removed. What could not be removed
-// is tried again after a while, until Close.
+// is tried again after a while, until Close. It waits for room on the disk as Remove does.
 func (s *Service) GC(ctx context.Context) error {
-	err := s.gc(ctx)
+	freed, err := s.gcOrRetry(ctx)
+	s.settle(ctx, freed)
+	return err
+}
+
+// gcOrRetry is gc, and sees to another one if it fails.
+func (s *Service) gcOrRetry(ctx context.Context) (freed <-chan struct{}, err error) {
+	freed, err = s.gc(ctx)
 	if err != nil {
 		s.retryGC(ctx)
 	}
-	return err
+	return freed, err
 }
 
 // gcPause is the time until a collection that failed is tried again, twice as long each
@@ -88,7 +135,7 @@ func (s *Service) retryGC(ctx context.Context) {
 			s.mu.Lock()
 			s.retrying = false
 			s.mu.Unlock()
-			err := s.gc(ctx)
+			_, err := s.gc(ctx)
 			if err == nil {
 				return
 			}
@@ -104,15 +151,19 @@ func (s *Service) retryGC(ctx context.Context) {
 	})
 }
 
-func (s *Service) gc(ctx context.Context) error {
+// nothing is the channel of a removal that had nothing to free.
+var nothing = func() <-chan struct{} { c := make(chan struct{}); close(c); return c }()
+
+// gc returns the channel that is closed when what it removed is free on disk.
+func (s *Service) gc(ctx context.Context) (freed <-chan struct{}, err error) {
 	s.gcMu.Lock()
 	defer s.gcMu.Unlock()
+	freed = nothing
 	errs := []error{s.forgetDropped()}
 	found, err := s.walk(ctx)
 	if err != nil {
-		return errors.Join(append(errs, err)...)
+		return freed, errors.Join(append(errs, err)...)
 	}
-	freed := 0
 	for _, key := range found.extractions {
 		if s.isExtracting(key) {
 			continue
@@ -123,20 +174,17 @@ func (s *Service) gc(ctx context.Context) error {
 		freed, err = s.collect(ctx, found.childrenFirst())
 		errs = append(errs, err)
 	}
-	if freed > 0 {
-		klog.FromContext(ctx).V(2).Info("Layers removed", "count", freed)
-	}
 	s.remeasure(ctx)
 	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("image garbage: %w", err)
+		return freed, fmt.Errorf("image garbage: %w", err)
 	}
-	return nil
+	return freed, nil
 }
 
 // collect removes those of the layers that no image and no pull needs, in one transaction
 // if the snapshotter can. Names come children first.
-func (s *Service) collect(ctx context.Context, names []string) (freed int, err error) {
-	var doomed []string
+func (s *Service) collect(ctx context.Context, names []string) (freed <-chan struct{}, err error) {
+	var doomed, removed []string
 	for _, name := range names {
 		if s.chains.condemn(name, func() bool { return s.view.Load().chains[name] }) {
 			doomed = append(doomed, name)
@@ -147,28 +195,38 @@ func (s *Service) collect(ctx context.Context, names []string) (freed int, err e
 			s.chains.absolve(name)
 		}
 	}()
+	freed = nothing
 	if len(doomed) == 0 {
-		return 0, nil
+		return freed, nil
 	}
 	if err := failpoint(ctx, verbRemove, "layers"); err != nil {
-		return 0, err
+		return freed, err
 	}
 	// What is in use is a container's, or below a layer that is held.
 	if b, ok := s.sn.(snapshotter.BatchRemover); ok {
-		removed, err := b.RemoveAll(ctx, doomed)
-		return len(removed), errors.Join(err, s.manifests.remove(removed...))
+		removed, freed, err = b.RemoveAll(ctx, doomed)
+	} else {
+		removed, err = s.removeEach(ctx, doomed)
 	}
+	err = errors.Join(err, s.manifests.remove(removed...))
+	if len(removed) > 0 {
+		klog.FromContext(ctx).V(2).Info("Layers removed", "count", len(removed))
+	}
+	return freed, err
+}
+
+// removeEach is RemoveAll for a snapshotter that has none.
+func (s *Service) removeEach(ctx context.Context, names []string) (removed []string, err error) {
 	var errs []error
-	for _, name := range doomed {
+	for _, name := range names {
 		err := s.sn.Remove(ctx, name)
 		if err == nil {
-			freed++
-			errs = append(errs, s.manifests.remove(name))
+			removed = append(removed, name)
 		} else if !errors.Is(err, snapshotter.ErrInUse) {
 			errs = append(errs, ignoreGone(err))
 		}
 	}
-	return freed, errors.Join(errs...)
+	return removed, errors.Join(errs...)
 }
 
 func ignoreGone(err error) error {
@@ -280,7 +338,7 @@ func (s *Service) recover(ctx context.Context) error {
 		}
 	}
 	// What containers use is not known yet; their snapshots protect the layers.
-	if err := s.GC(ctx); err != nil {
+	if _, err := s.gcOrRetry(ctx); err != nil {
 		log.Error(err, "Left over from an earlier run, for the next sweep")
 	}
 	return nil

@@ -193,9 +193,10 @@ func TestVerifyRepair(t *testing.T) {
 	if err := errors.Join(n.sn.Remove(ctx, "container"), n.GC(ctx)); err != nil {
 		t.Error(err)
 	}
-	if _, err := os.Stat(old); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the old tree is still there: %v", err)
-	}
+	waitFor(t, "the old tree's end", func() bool {
+		_, err := os.Stat(old)
+		return errors.Is(err, os.ErrNotExist)
+	})
 	if kept := n.kept(); len(kept) != 3 {
 		t.Errorf("kept %q", kept)
 	}

@@ -61,7 +61,7 @@ func (s *Service) leaks(ctx context.Context) ([]store.Finding, error) {
 	v := s.view.Load()
 	for _, name := range unneeded(infos, v.chains) {
 		if !s.chains.busy(name) {
-			found = append(found, store.Finding{Kind: "layer", What: name, Why: "no image, container or pull needs it", Since: infos[name].Created, Mend: s.gc})
+			found = append(found, store.Finding{Kind: "layer", What: name, Why: "no image, container or pull needs it", Since: infos[name].Created, Mend: s.collectAgain})
 		}
 	}
 	for _, file := range lists {
@@ -75,7 +75,7 @@ func (s *Service) leaks(ctx context.Context) ([]store.Finding, error) {
 	used := s.used()
 	for _, id := range s.dropped() {
 		if !used[id] {
-			found = append(found, store.Finding{Kind: "row", ID: id, What: "image", Why: "the image was removed, and no container uses it any more", Mend: s.gc})
+			found = append(found, store.Finding{Kind: "row", ID: id, What: "image", Why: "the image was removed, and no container uses it any more", Mend: s.collectAgain})
 		}
 	}
 	for _, digest := range blobs {
@@ -85,6 +85,17 @@ func (s *Service) leaks(ctx context.Context) ([]store.Finding, error) {
 		}
 	}
 	return found, nil
+}
+
+// collectAgain is gc for those who wait until everything is gone: the process may end then.
+func (s *Service) collectAgain(ctx context.Context) error {
+	freed, err := s.gc(ctx)
+	select {
+	case <-freed:
+		return err
+	case <-ctx.Done():
+		return errors.Join(err, context.Cause(ctx))
+	}
 }
 
 // unneeded are layers that no image has, and that nothing which is needed or not

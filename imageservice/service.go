@@ -41,8 +41,9 @@ type Service struct {
 	seen      string        // fingerprint of the files of the last reload; guarded by reloadMu
 	done      chan struct{} // closed by Close
 
-	rangeBytes int64         // the constant, but for tests
-	lookUps    chan struct{} // one for each lookup of credentials that runs
+	rangeBytes int64                 // the constant, but for tests
+	short      func(dir string) bool // the function, but for tests
+	lookUps    chan struct{}         // one for each lookup of credentials that runs
 
 	// commitMu orders changes to the book's image rows and the view with them.
 	commitMu sync.Mutex
@@ -68,7 +69,7 @@ func New(ctx context.Context, cfg Config, st *store.Store, sn snapshotter.Snapsh
 	}
 	s := &Service{
 		cfg: cfg, book: st, sn: sn, slots: make(chan struct{}, cfg.MaxConcurrentLayers), run: time.Now().UnixNano(),
-		done: make(chan struct{}), rangeBytes: rangeBytes, lookUps: make(chan struct{}, maxLookUps),
+		done: make(chan struct{}), rangeBytes: rangeBytes, short: short, lookUps: make(chan struct{}, maxLookUps),
 		pulls: map[pullKey]*pull{}, flights: map[string]*flight{}, extracting: map[string]bool{},
 		chains: chains{held: map[string]int{}, condemned: map[string]chan struct{}{}},
 	}

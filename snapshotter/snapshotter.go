@@ -165,7 +165,8 @@ type Snapshotter interface {
 	// Walk calls fn for each snapshot until it returns an error. Filters are
 	// not used by berth; a backend may refuse them.
 	Walk(ctx context.Context, fn func(context.Context, Info) error, filters ...string) error
-	// Close ends the use of the snapshotter; snapshots stay.
+	// Close ends the use of the snapshotter, and what it does in the background;
+	// snapshots stay.
 	Close() error
 }
 
@@ -196,8 +197,10 @@ type BatchRemover interface {
 	// RemoveAll removes those of keys that have no children, in one transaction. A
 	// snapshot whose children are removed by the same call counts as having none, if they
 	// stand before it. What is not there counts as removed. The result are the keys that
-	// are gone; after an error none is.
-	RemoveAll(ctx context.Context, keys []string) (removed []string, err error)
+	// are gone, for all readers and for good; after an error none is. What they took on
+	// disk is freed in the background; freed is closed when that has ended, be it because
+	// something was left to Cleanup, or because of Close. It is never nil.
+	RemoveAll(ctx context.Context, keys []string) (removed []string, freed <-chan struct{}, err error)
 }
 
 // Replacer is a Snapshotter that can exchange what a committed snapshot holds, for one that

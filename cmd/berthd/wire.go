@@ -46,6 +46,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	defer join(&err, snapshots.Close)
 	images, err := imageservice.New(ctx, c.images(), book, snapshots)
 	if err != nil {
 		return err

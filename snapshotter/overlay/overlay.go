@@ -96,6 +96,7 @@ type Snapshotter struct {
 	removing sync.Map
 
 	onLeft atomic.Pointer[func()]
+	sweeps *sweeps
 }
 
 var (
@@ -122,7 +123,7 @@ func New(root string, st *store.Store) (*Snapshotter, error) {
 		}
 	}
 	loadModule()
-	s := &Snapshotter{root: root, book: st, options: options()}
+	s := &Snapshotter{root: root, book: st, options: options(), sweeps: newSweeps()}
 	if err := s.findLast(); err != nil {
 		return nil, fmt.Errorf("overlay: %w", err)
 	}
@@ -211,9 +212,6 @@ func (s *Snapshotter) directories() ([]string, error) {
 // called some time later, and does not block.
 func (s *Snapshotter) OnLeft(f func()) { s.onLeft.Store(&f) }
 
-// Close does nothing: the book is its owner's to close.
-func (s *Snapshotter) Close() error { return nil }
-
 // Sync makes durable what was written into any snapshot before the call, with
 // syncfs(2): one flush for all files, which also writes what others left dirty
 // on the same file system. Layers may be on a file system of their own.
@@ -262,8 +260,15 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 			errs = append(errs, err)
 			break
 		}
-		klog.FromContext(ctx).V(2).Info("Removing snapshot directory without a row", "dir", dir)
-		errs = append(errs, removeTree(s.path(dir)))
+		if freed := s.sweeps.of(dir); freed == nil {
+			klog.FromContext(ctx).V(2).Info("Removing snapshot directory without a row", "dir", dir)
+		} else {
+			select {
+			case <-freed:
+			case <-ctx.Done():
+			}
+		}
+		errs = append(errs, removeTree(s.path(dir), ctx.Done()))
 	}
 	err = errors.Join(errs...)
 	if err == nil && s.Lost() {

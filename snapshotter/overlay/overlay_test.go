@@ -531,7 +531,7 @@ func TestDeepTree(t *testing.T) {
 	if _, err := usage(ctx, dir); err == nil || !strings.Contains(err.Error(), fmt.Sprint(maxDepth)) {
 		t.Errorf("usage: %v, want an error with the limit", err)
 	}
-	if err := removeTree(dir); err != nil {
+	if err := removeTree(dir, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
@@ -553,7 +553,7 @@ func TestRemoveTree(t *testing.T) {
 		}
 	}
 	for range 2 { // the second time there is nothing
-		if err := removeTree(dir + "/tree"); err != nil {
+		if err := removeTree(dir+"/tree", nil); err != nil {
 			t.Fatal(err)
 		}
 	}

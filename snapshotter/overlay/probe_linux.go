@@ -37,7 +37,7 @@ func supported(root string) (err error) {
 	if err != nil {
 		return fmt.Errorf("overlay: probe: %w", err)
 	}
-	defer func() { err = errors.Join(err, removeTree(dir)) }()
+	defer func() { err = errors.Join(err, removeTree(dir, nil)) }()
 
 	fs, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
 	if errors.Is(err, unix.ENOSYS) {

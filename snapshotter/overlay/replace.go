@@ -27,7 +27,7 @@ func (s *Snapshotter) Replace(ctx context.Context, name, key string, opts ...sna
 	if err != nil {
 		s.removing.Delete(unused)
 	} else if unused != "" {
-		s.removeDirs(ctx, []string{unused})
+		s.removeDir(ctx, unused)
 	}
 	return err
 }

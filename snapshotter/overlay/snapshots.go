@@ -10,10 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
-
-	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/snapshotter"
 	"github.com/berthd/berth/store"
@@ -161,7 +158,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshotter.Kind, key, pa
 		return put(tx, key, r)
 	})
 	if err != nil {
-		return nil, errors.Join(err, removeTree(s.path(dir)))
+		return nil, errors.Join(err, removeTree(s.path(dir), nil))
 	}
 	return m, nil
 }
@@ -198,7 +195,7 @@ func (s *Snapshotter) makeDir(kind snapshotter.Kind, parent string) (string, err
 				os.Mkdir(s.path(dir)+"/work", 0o700))
 		}
 		if err != nil {
-			return "", errors.Join(err, removeTree(s.path(dir)))
+			return "", errors.Join(err, removeTree(s.path(dir), nil))
 		}
 		return dir, nil
 	}
@@ -254,7 +251,7 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 		s.removing.Delete(dir)
 		return err
 	}
-	s.removeDirs(ctx, []string{dir})
+	s.removeDir(ctx, dir)
 	return nil
 }
 
@@ -277,66 +274,6 @@ func (s *Snapshotter) removeRow(tx *store.Tx, key string) (dir string, err error
 		}
 	}
 	return r.Dir, remove(tx, key, r)
-}
-
-// RemoveAll implements snapshotter.BatchRemover.
-func (s *Snapshotter) RemoveAll(ctx context.Context, keys []string) (removed []string, err error) {
-	var dirs []string
-	err = s.record(ctx, "remove", func(tx *store.Tx) error {
-		removed, dirs = nil, nil // it may be run again
-		for _, key := range keys {
-			dir, err := s.removeRow(tx, key)
-			switch {
-			case errors.Is(err, snapshotter.ErrInUse):
-				continue
-			case errors.Is(err, snapshotter.ErrNotFound):
-			case err != nil:
-				return err
-			default:
-				dirs = append(dirs, dir)
-				s.removing.Store(dir, true)
-			}
-			removed = append(removed, key)
-		}
-		return nil
-	})
-	if err != nil {
-		for _, dir := range dirs {
-			s.removing.Delete(dir)
-		}
-		return nil, err
-	}
-	s.removeDirs(ctx, dirs)
-	return removed, nil
-}
-
-// maxRemovers is how many directories are removed side by side: the file system's own
-// locks are by directory.
-const maxRemovers = 4
-
-// removeDirs removes directories that no row names any more. What fails is logged, and
-// left to Cleanup, of which OnLeft's function is told.
-func (s *Snapshotter) removeDirs(ctx context.Context, dirs []string) {
-	slots := make(chan struct{}, maxRemovers)
-	var wg sync.WaitGroup
-	for _, dir := range dirs {
-		slots <- struct{}{}
-		wg.Go(func() {
-			err := failpoint(ctx, "snapshot", "delete")
-			if err == nil {
-				err = removeTree(s.path(dir))
-			}
-			if err != nil {
-				klog.FromContext(ctx).Error(err, "Snapshot directory left behind", "dir", dir)
-				if f := s.onLeft.Load(); f != nil {
-					(*f)()
-				}
-			}
-			s.removing.Delete(dir)
-			<-slots
-		})
-	}
-	wg.Wait()
 }
 
 // Walk implements snapshotter.Snapshotter. fn may use the snapshotter. Filters

@@ -116,16 +116,21 @@ func openDir(at int, name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
+// errStopped: a removal was ended by who asked for it.
+var errStopped = errors.New("stopped")
+
 // remover removes one tree. A directory that is nested too deep is moved up to
 // the top and removed from there, so that depth costs time and not descriptors.
 type remover struct {
 	top   *os.File
+	stop  <-chan struct{}
 	moved int
 }
 
 // removeTree removes dir and all in it; that it is not there is no error. It
-// goes by descriptors and follows no link.
-func removeTree(dir string) error {
+// goes by descriptors and follows no link. Closing stop, which may be nil, ends it with
+// errStopped.
+func removeTree(dir string, stop <-chan struct{}) error {
 	top, err := openDir(unix.AT_FDCWD, dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -137,7 +142,7 @@ func removeTree(dir string) error {
 		return err
 	}
 	defer top.Close()
-	r := remover{top: top}
+	r := remover{top: top, stop: stop}
 	if err := r.empty(top, 0); err != nil {
 		return fmt.Errorf("remove %s: %w", dir, err)
 	}
@@ -147,22 +152,32 @@ func removeTree(dir string) error {
 	return nil
 }
 
-// empty removes what is in d. Removing entries while reading a directory may
-// hide others from the reading, so it is read again until nothing is left.
+// empty removes what is in d. Removing entries while reading a directory may hide others
+// from the reading, so it is read again until nothing is left; but only from its end, as
+// each new beginning goes through all that the removed ones left.
 func (r *remover) empty(d *os.File, depth int) error {
-	for {
-		if _, err := d.Seek(0, io.SeekStart); err != nil {
-			return err
+	for found := false; ; {
+		select {
+		case <-r.stop:
+			return errStopped
+		default:
 		}
 		names, err := d.Readdirnames(1024)
 		// A directory that somebody else has removed meanwhile (Cleanup beside
 		// Remove) cannot be read any more: it is empty.
-		if errors.Is(err, io.EOF) || errors.Is(err, fs.ErrNotExist) {
+		switch {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, io.EOF) && !found:
 			return nil
-		}
-		if err != nil {
+		case errors.Is(err, io.EOF):
+			if _, err := d.Seek(0, io.SeekStart); err != nil {
+				return err
+			}
+			found = false
+			continue
+		case err != nil:
 			return err
 		}
+		found = true
 		for _, n := range names {
 			if err := r.entry(int(d.Fd()), n, depth); err != nil {
 				return err

@@ -53,14 +53,20 @@ func testRemoveAll(t *testing.T, s snapshotter.Snapshotter) {
 	if _, err := s.Prepare(ctx, "container", "d"); err != nil {
 		t.Fatal(err)
 	}
-	got, err := b.RemoveAll(ctx, []string{"b", "c", "gone", "e", "d"})
+	got, freed, err := b.RemoveAll(ctx, []string{"b", "c", "gone", "e", "d"})
 	if err != nil || !slices.Equal(got, []string{"c", "gone", "e"}) {
 		t.Errorf("removed %q, %v; want c, gone and e: b comes before its child, d has one that stays", got, err)
 	}
-	got, err = b.RemoveAll(ctx, []string{"b", "a"})
+	<-freed
+	got, freed, err = b.RemoveAll(ctx, []string{"b", "a"})
 	if err != nil || !slices.Equal(got, []string{"b", "a"}) {
 		t.Errorf("removed %q, %v; want b and a", got, err)
 	}
+	<-freed
+	if _, freed, err = b.RemoveAll(ctx, nil); err != nil || freed == nil {
+		t.Errorf("removal of nothing: %v, channel %v", err, freed)
+	}
+	<-freed
 	if err := errors.Join(s.Remove(ctx, "container"), s.Remove(ctx, "d")); err != nil {
 		t.Error(err)
 	}

@@ -20,7 +20,8 @@
 // Caveats: processor time is what the daemon and its children used, to 10 ms;
 // the kernel's own threads, which write dirty pages back, are not in it. What
 // is dirty is written back before each measurement, outside of it: else one
-// target would pay for another.
+// target would pay for another. A removal may be answered before its files are gone: it
+// counts as over, and the next measurement begins, when the daemon has come to rest.
 package main
 
 import (
@@ -128,8 +129,8 @@ func measure(ctx context.Context, o options, c *corpus, reg *registry, targets [
 					return nil, fmt.Errorf("%s: image %s: %w", t.Name, img.Name, err)
 				}
 				s.Round = round
-				fmt.Fprintf(os.Stderr, "%-9s %-9s %d/%d  pull %.2fs cpu %.2fs written %d MiB peak %d MiB  remove %.2fs\n",
-					img.Name, t.Name, round, o.rounds, s.PullSeconds, s.PullCPU, s.Written>>20, s.PeakRSS>>20, s.RemoveSeconds)
+				fmt.Fprintf(os.Stderr, "%-9s %-9s %d/%d  pull %.2fs cpu %.2fs written %d MiB peak %d MiB  remove %.2fs freed %.2fs\n",
+					img.Name, t.Name, round, o.rounds, s.PullSeconds, s.PullCPU, s.Written>>20, s.PeakRSS>>20, s.RemoveSeconds, s.FreedSeconds)
 				if round > 0 {
 					samples = append(samples, s)
 				}

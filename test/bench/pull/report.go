@@ -19,6 +19,7 @@ var metrics = []struct {
 	{"written MiB", func(s sample) float64 { return float64(s.Written) / (1 << 20) }, true},
 	{"growth MiB", func(s sample) float64 { return float64(s.Growth) / (1 << 20) }, false},
 	{"removal s", func(s sample) float64 { return s.RemoveSeconds }, true},
+	{"freed s", func(s sample) float64 { return s.FreedSeconds }, true},
 	{"removal CPU s", func(s sample) float64 { return s.RemoveCPU }, false},
 }
 

@@ -28,9 +28,10 @@ type sample struct {
 	PullCPU       float64
 	Written       int64 // by the daemon, to block devices
 	PeakRSS       int64
-	Growth        int64 // of PeakRSS over the daemon's size before its first pull
-	RemoveSeconds float64
-	RemoveCPU     float64
+	Growth        int64   // of PeakRSS over the daemon's size before its first pull
+	RemoveSeconds float64 // until it was answered
+	FreedSeconds  float64 // until the daemon had nothing more to do
+	RemoveCPU     float64 // until then
 }
 
 // openTargets connects to the endpoints, or starts a berthd when there are none.
@@ -101,14 +102,31 @@ func (t *target) round(ctx context.Context, timeout time.Duration, img image, re
 	s.PeakRSS = t.memory("VmHWM")
 	s.Growth = s.PeakRSS - t.idle
 	s.Written = t.written() - written
-	s.RemoveSeconds, s.RemoveCPU, err = do(func(ctx context.Context) error {
+	used := t.cpu()
+	s.RemoveSeconds, _, err = do(func(ctx context.Context) error {
 		_, err := t.Client.Images.RemoveImage(ctx, &runtime.RemoveImageRequest{Image: spec})
 		return err
 	})
 	if err != nil {
 		return s, fmt.Errorf("removal: %w", err)
 	}
+	answered := time.Now()
+	s.FreedSeconds = s.RemoveSeconds + t.rest(ctx, timeout).Sub(answered).Seconds()
+	s.RemoveCPU = t.cpu() - used
 	return s, nil
+}
+
+// rest waits until the daemon has used no processor time for half a second, so that what
+// goes on behind a removal is counted, and disturbs nobody, and returns when it began to.
+func (t *target) rest(ctx context.Context, timeout time.Duration) time.Time {
+	last, since := t.cpu(), time.Now()
+	for end := since.Add(timeout); time.Since(since) < 500*time.Millisecond && time.Now().Before(end) && ctx.Err() == nil; {
+		time.Sleep(50 * time.Millisecond)
+		if now := t.cpu(); now > last {
+			last, since = now, time.Now()
+		}
+	}
+	return since
 }
 
 // cpu returns the seconds of processor time that the daemon and the children
