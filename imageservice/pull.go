@@ -253,19 +253,8 @@ func (s *Service) complete(ctx context.Context, p *pull, plan *plan) (Image, err
 	for _, c := range plan.chainIDs() {
 		durable = durable && s.view.Load().chains[c]
 	}
-	if err := p.reach(ctx, stageLayers); err != nil {
+	if err := s.makeDurable(ctx, p, plan, durable, damaged); err != nil {
 		return Image{}, err
-	}
-	if err := s.fetchLayers(ctx, p, plan); err != nil {
-		return Image{}, err
-	}
-	if syncer, ok := s.sn.(snapshotter.Syncer); ok && !durable {
-		if err := p.reach(ctx, stageSync); err != nil {
-			return Image{}, err
-		}
-		if err := syncer.Sync(ctx); err != nil {
-			return Image{}, err
-		}
 	}
 	if len(damaged) > 0 {
 		if err := errors.Join(s.clearDamaged(damaged), s.unhide(ctx)); err != nil {
@@ -276,6 +265,61 @@ func (s *Service) complete(ctx context.Context, p *pull, plan *plan) (Image, err
 		return Image{}, err
 	}
 	return s.makeVisible(ctx, plan)
+}
+
+// makeDurable makes the layers of a plan, of which those that are damaged anew, and syncs
+// unless they were durable before.
+func (s *Service) makeDurable(ctx context.Context, p *pull, plan *plan, durable bool, damaged []string) error {
+	var watch snapshotter.Watch
+	if syncer, ok := s.sn.(snapshotter.Syncer); ok && !durable {
+		w, err := syncer.Watch()
+		if err != nil {
+			return err
+		}
+		defer w.Close()
+		watch = w
+	}
+	if err := p.reach(ctx, stageLayers); err != nil {
+		return err
+	}
+	if err := s.fetchLayers(ctx, p, plan); err != nil {
+		return err
+	}
+	if watch == nil {
+		return nil
+	}
+	if err := p.reach(ctx, stageSync); err != nil {
+		return err
+	}
+	if err := watch.Sync(ctx); err != nil {
+		if !errors.Is(err, ctx.Err()) {
+			s.distrustLayers(plan.chainIDs())
+		}
+		return err
+	}
+	for _, c := range s.damagedOf(plan.chainIDs()) {
+		if !slices.Contains(damaged, c) {
+			return fmt.Errorf("layer %s: %w", c, errLost)
+		}
+	}
+	return nil
+}
+
+// errLost: the sync of another pull, which shares a layer, was told of an error.
+var errLost = errors.New("some of it may not have reached the disk")
+
+// distrustLayers sees to it that layers that no image has are made anew by the next pull,
+// as what was written of them may be lost. Nothing of that need be in the book: the next
+// start removes such layers.
+func (s *Service) distrustLayers(chains []string) {
+	durable := s.view.Load().chains
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range chains {
+		if !durable[c] {
+			s.damaged[c] = "its sync failed"
+		}
+	}
 }
 
 // makeVisible writes the image's row and takes its names away from other images, all in

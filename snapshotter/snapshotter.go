@@ -137,7 +137,7 @@ func WithUsage(u Usage) Opt {
 // containerd's interface of the same name, so that a snapshotter written for it
 // can be adapted. All methods may be called concurrently; those that change
 // something are durable in the book when they return, while the data inside a
-// snapshot is durable only after Syncer.Sync.
+// snapshot is durable only after Watch.Sync.
 type Snapshotter interface {
 	// Stat returns the Info of a key or name, or ErrNotFound.
 	Stat(ctx context.Context, key string) (Info, error)
@@ -215,8 +215,19 @@ type Replacer interface {
 	Replace(ctx context.Context, name, key string, opts ...Opt) error
 }
 
-// Syncer is a Snapshotter whose data can be made durable: when Sync returns,
-// all that was written into its snapshots before the call survives a power cut.
+// Syncer is a Snapshotter whose data can be made durable.
 type Syncer interface {
+	// Watch begins to look out for writes that the disk refuses: to be called before
+	// what is to be made durable is written, as the kernel tells of each such write
+	// only those who were watching. The caller closes what it gets.
+	Watch() (Watch, error)
+}
+
+// Watch is the way from writing something to knowing that it is durable.
+type Watch interface {
+	// Sync makes durable all that was written into any snapshot before the call: when
+	// it returns, that survives a power cut. An error means that something that was
+	// written since Watch may be lost, by whomever; another call would not tell of it again.
 	Sync(ctx context.Context) error
+	Close() error
 }

@@ -38,7 +38,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/berthd/berth/snapshotter"
@@ -211,37 +210,6 @@ func (s *Snapshotter) directories() ([]string, error) {
 // behind, perhaps by several goroutines at once. It is to see to it that Cleanup is
 // called some time later, and does not block.
 func (s *Snapshotter) OnLeft(f func()) { s.onLeft.Store(&f) }
-
-// Sync makes durable what was written into any snapshot before the call, with
-// syncfs(2): one flush for all files, which also writes what others left dirty
-// on the same file system. Layers may be on a file system of their own.
-func (s *Snapshotter) Sync(ctx context.Context) error {
-	done := map[uint64]bool{} // by device
-	for _, dir := range []string{"layers", "snapshots", "."} {
-		if err := ctx.Err(); err != nil {
-			return fmt.Errorf("overlay: sync: %w", err)
-		}
-		if err := syncOnce(s.path(dir), done); err != nil {
-			return fmt.Errorf("overlay: sync %s: %w", s.path(dir), err)
-		}
-	}
-	return nil
-}
-
-// syncOnce syncs the file system of dir unless that has been done.
-func syncOnce(dir string, done map[uint64]bool) error {
-	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil || done[st.Dev] {
-		return err
-	}
-	done[st.Dev] = true
-	return unix.Syncfs(fd)
-}
 
 // Cleanup implements snapshotter.Cleaner. When every snapshot is on layers that the
 // book knows, it also ends the care for rows that were lost.

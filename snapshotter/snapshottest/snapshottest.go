@@ -620,9 +620,26 @@ func testSync(t *testing.T, s snapshotter.Snapshotter) {
 	if !ok {
 		t.Skip("not a snapshotter.Syncer")
 	}
-	MustLayer(t, s, "l", "", map[string]string{"f": "x"})
-	if err := sy.Sync(ctx); err != nil {
+	w, err := sy.Watch()
+	if err != nil {
 		t.Fatal(err)
+	}
+	MustLayer(t, s, "l", "", map[string]string{"f": "x"})
+	for range 2 {
+		if err := w.Sync(ctx); err != nil {
+			t.Error(err)
+		}
+	}
+	ended, cancel := context.WithCancel(ctx)
+	cancel()
+	if err := w.Sync(ended); !errors.Is(err, context.Canceled) {
+		t.Errorf("sync for nobody: %v", err)
+	}
+	if err := w.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := w.Sync(ctx); err == nil {
+		t.Error("sync of what was closed")
 	}
 }
 
