@@ -15,25 +15,30 @@ import (
 	"github.com/berthd/berth/snapshotter"
 )
 
-// Remove removes the image that ref means, with all its names, and frees the layers that
-// nothing else needs. ErrNotFound when there is none. A layer that cannot be removed now
-// is tried again until it can. What the layers took on disk is freed in the background,
+// Remove takes from an image the names that ref means (see namesMeant), and with the last
+// one, or if ref is its ID, removes the image and frees the layers that nothing else
+// needs. ErrNotFound when there is none. A layer that cannot be removed now is tried again
+// until it can. What the layers took on disk is freed in the background,
 // and Remove waits for that only where the disk is short: see settle.
 func (s *Service) Remove(ctx context.Context, ref string) error {
 	used := s.used()
 	if err := failpoint(ctx, verbRemove, "drop"); err != nil {
 		return err
 	}
-	id, err := s.dropImage(ref, used)
+	id, left, err := s.dropImage(ref, used)
 	if err != nil {
 		return err
 	}
-	log := klog.FromContext(ctx)
-	log.V(2).Info("Image removed", "image", id, "inUse", used[id])
+	log := klog.FromContext(ctx).WithValues("image", id, "reference", ref)
+	if len(left) > 0 {
+		log.V(2).Info("Name of image removed", "left", left)
+		return failpoint(ctx, verbRemove, "answer")
+	}
+	log.V(2).Info("Image removed", "inUse", used[id])
 	// The caller's deadline is no reason to leave layers behind.
 	freed, err := s.gcOrRetry(context.WithoutCancel(ctx))
 	if err != nil {
-		log.Error(err, "Layers of a removed image left for the next sweep", "image", id)
+		log.Error(err, "Layers of a removed image left for the next sweep")
 	}
 	s.settle(ctx, freed)
 	return failpoint(ctx, verbRemove, "answer")
@@ -75,21 +80,57 @@ func isCrowded(fs *unix.Statfs_t) bool {
 	return float64(fs.Bavail) < shortOf*float64(fs.Blocks) || float64(fs.Ffree) < shortOf*float64(fs.Files)
 }
 
-func (s *Service) dropImage(ref string, used map[string]bool) (string, error) {
+// dropImage returns the names that the image has left; with none it is gone.
+func (s *Service) dropImage(ref string, used map[string]bool) (id string, left []string, err error) {
 	s.commitMu.Lock()
 	defer s.commitMu.Unlock()
-	id, err := s.findAny(ref)
-	if err != nil {
-		return "", err
+	if id, err = s.findAny(ref); err != nil {
+		return "", nil, err
 	}
-	return id, s.commitLocked([]string{id}, func(_ string, old *imageRow) *imageRow {
-		if !used[id] {
-			return nil
-		}
+	meant := s.namesMeant(ref, s.view.Load().rows[id])
+	return id, left, s.commitLocked([]string{id}, func(_ string, old *imageRow) *imageRow {
 		r := *old
-		r.Dropped, r.Pinned, r.Tags, r.Digests = true, false, nil, nil
+		r.Tags, r.Digests = without(old.Tags, meant), without(old.Digests, meant)
+		left = r.names()
+		switch {
+		case len(left) > 0:
+		case !used[id]:
+			return nil
+		default:
+			r.Dropped, r.Pinned = true, false
+		}
 		return &r
 	}, nil)
+}
+
+// namesMeant are the names of an image that go with ref: all if that is its ID; of a tag
+// itself, and with the repository's last tag its repo digests as well; of a repo digest all
+// names in its repository.
+func (s *Service) namesMeant(ref string, r *imageRow) []string {
+	names, err := candidates(ref, *s.search.Load())
+	if err != nil || wholeID.MatchString(ref) {
+		return r.names()
+	}
+	for _, n := range names {
+		name := n.String()
+		ofRepository := func(full string) bool { return repository(full) == n.Name() }
+		tags := without(r.Tags, []string{name})
+		switch {
+		case slices.Contains(r.Digests, name), len(tags) < len(r.Tags) && !slices.ContainsFunc(tags, ofRepository):
+			return slices.DeleteFunc(r.names(), func(full string) bool { return !ofRepository(full) })
+		case len(tags) < len(r.Tags):
+			return []string{name}
+		}
+	}
+	return r.names()
+}
+
+// repository is that of a full name, "host/repo:tag" or "host/repo@sha256:…".
+func repository(name string) string {
+	if repo, _, ok := strings.Cut(name, "@"); ok {
+		return repo
+	}
+	return name[:max(strings.LastIndexByte(name, ':'), 0)]
 }
 
 // GC removes layers that no image needs, images that were removed while in use and are

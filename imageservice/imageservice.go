@@ -27,7 +27,8 @@
 //
 // # Caveats
 //
-//   - Removing an image by any of its names removes all of them, as CRI asks.
+//   - Removing an image by a name takes only that from it while it has others; the kubelet
+//     removes by ID, with which all of them go.
 //   - No compressed blob is kept, so an image cannot be pushed from here.
 //   - Layers unpack without their parents in sight. Directories that an archive uses
 //     and does not list get the metadata of the parent layers' directory; a directory

@@ -34,7 +34,7 @@ func init() {
 		{name: "image pulls", short: "show the pulls and imports under way", setup: imagePulls,
 			long:     "With the present rate, the hosts that send, and what most of the time goes into: network, cpu or disk.",
 			examples: []string{"watch -n1 berth image pulls", "berth image pulls --layers"}},
-		{name: "image rm", args: "IMAGE...", least: 1, most: -1, short: "remove images with all their names", setup: imageRemove,
+		{name: "image rm", args: "IMAGE...", least: 1, most: -1, short: "remove images, by ID with all their names", setup: imageRemove,
 			long:     "The layers of an image that containers use stay until those are gone.",
 			examples: []string{"berth image rm registry.example/app:1.1", "berth image rm --force sha256:0a1b2c3d4e5f"}},
 		{name: "image import", args: "FILE|DIRECTORY|-...", least: 1, most: -1, short: "take images from archives", setup: imageImport,

@@ -108,7 +108,7 @@ type Image struct {
 	Variant      string    `json:"variant,omitempty"`
 }
 
-// RemoveRequest asks for the removal of an image with all its names.
+// RemoveRequest asks for the removal of an image, or of those of its names that Ref means.
 type RemoveRequest struct {
 	Ref   string `json:"ref"`
 	Force bool   `json:"force,omitempty"` // also when it is pinned
