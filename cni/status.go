@@ -87,6 +87,10 @@ func (n *Network) Reload() {
 	n.askSoon()
 }
 
+// Ask has the plugins of the network in use asked for their status, which takes 10 s at
+// most. Run does it by itself.
+func (n *Network) Ask(ctx context.Context) { n.askStatus(ctx) }
+
 // askSoon wakes the loop that asks for the status.
 func (n *Network) askSoon() {
 	select {

@@ -2,7 +2,9 @@ package cri
 
 import (
 	"context"
+	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -90,4 +92,25 @@ func BenchmarkCalls(b *testing.B) {
 			l.end(c)
 		}
 	})
+}
+
+// TestAsk: what a client sees of a node that is ready, of one that is not, and of none.
+func TestAsk(t *testing.T) {
+	n := newNode()
+	n.networkReady = errors.New("no plugin")
+	e := mustEdge(t, n)
+	got, err := Ask(t.Context(), e.socket)
+	if err != nil || len(got) != 2 {
+		t.Fatalf("%v, %v", got, err)
+	}
+	for _, c := range got {
+		if want := c.Type == "RuntimeReady"; c.Holds != want || !want && !strings.Contains(c.Why, "no plugin") {
+			t.Errorf("%+v", c)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if got, err := Ask(ctx, e.socket+".absent"); err == nil {
+		t.Errorf("nobody answers %v", got)
+	}
 }

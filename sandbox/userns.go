@@ -150,10 +150,12 @@ func (s *Service) specUserNS(p *pod) *spec.UserNS {
 
 // userSpec describes the namespace to package netns.
 func (s *Service) userSpec(u *userNS) netns.UserSpec {
-	// Only root can get at the configured binary in some places; this copy is
-	// where everybody's path leads.
-	return netns.UserSpec{UIDs: []netns.IDMap{u.uids}, GIDs: []netns.IDMap{u.gids}, Holder: []string{filepath.Join(s.initDir, "berth-init")}}
+	return netns.UserSpec{UIDs: []netns.IDMap{u.uids}, GIDs: []netns.IDMap{u.gids}, Holder: []string{s.userHolder()}}
 }
+
+// userHolder is the program of the process in a new user namespace. Only root can get
+// at the configured binary in some places; this copy is where everybody's path leads.
+func (s *Service) userHolder() string { return filepath.Join(s.initDir, "berth-init") }
 
 // userNSOfPod is nil for a pod that is gone.
 func (s *Service) userNSOfPod(id string) *userNS {
@@ -191,7 +193,7 @@ func (s *Service) lookAtUserNS() <-chan struct{} {
 	}
 	k.look = done
 	go func() {
-		err := s.tryUserNS()
+		err := ProbeUserNamespaces(s.userHolder(), s.cfg.StateDir, s.cfg.RunDir)
 		k.mu.Lock()
 		k.look, k.at, k.err = nil, time.Now(), err
 		k.mu.Unlock()
@@ -211,20 +213,6 @@ func (s *Service) kernelUserNS() error {
 		return errors.New("user namespaces: not probed yet")
 	}
 	return k.err
-}
-
-// tryUserNS makes a user namespace and mounts a snapshot's likeness for it.
-func (s *Service) tryUserNS() error {
-	some := netns.IDMap{Outside: 65536, Length: 65536}
-	ns, err := s.userSpec(&userNS{some, some}).Open()
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	if err := snapshotter.IDMapSupported(s.cfg.StateDir, ns, some.Outside, some.Outside); err != nil {
-		return fmt.Errorf("state_dir %s: %w", s.cfg.StateDir, err)
-	}
-	return searchable(s.cfg.RunDir)
 }
 
 // searchable makes sure that everybody may pass through what is above a

@@ -10,7 +10,7 @@
 //	2  wrong command line
 //	3  berthd cannot be reached
 //	4  an image that was named is not there
-//	5  something was found and is still there (image verify, leaks, check)
+//	5  something was found and is still there (image verify, leaks, check, doctor)
 package main
 
 import (
@@ -100,7 +100,7 @@ func exitCode(err error) int {
 		return exitUsage
 	case errors.Is(err, errUnreachable):
 		return exitUnreachable
-	case errors.Is(err, errDamage), errors.Is(err, errLeft):
+	case errors.Is(err, errDamage), errors.Is(err, errLeft), errors.Is(err, errFindings):
 		return exitDamaged
 	case errors.As(err, &e) && e.Code == api.CodeNotFound:
 		return exitNotFound

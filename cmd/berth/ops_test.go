@@ -12,7 +12,10 @@ import (
 func berthdProgram(t *testing.T, text string, code int) {
 	t.Helper()
 	dir := t.TempDir()
-	script := fmt.Sprintf("#!/bin/sh\ncat <<'END'\n%s\nEND\nexit %d\n", text, code)
+	script := fmt.Sprintf("#!/bin/sh\nexit %d\n", code)
+	if text != "" {
+		script = fmt.Sprintf("#!/bin/sh\ncat <<'END'\n%s\nEND\nexit %d\n", text, code)
+	}
 	if err := os.WriteFile(filepath.Join(dir, "berthd"), []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}

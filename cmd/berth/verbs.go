@@ -59,6 +59,10 @@ func init() {
 		{name: "registry explain", args: "IMAGE", least: 1, most: 1, short: "show where a pull would look, and with what", setup: registryExplain,
 			long:     "Prints the endpoints in the order in which they would be tried, with the files that decided so, credentials and TLS files. Nothing is pulled.",
 			examples: []string{"berth registry explain nginx", "berth registry explain --probe registry.example/app:1.2"}},
+		{name: "doctor", short: "check whether the node is fit for berthd, and say what to do where it is not", setup: doctor,
+			long: "Kernel, control groups, OCI runtimes, network, disks, permissions, limits, clock, sockets and configuration, and the daemon if one runs. An error keeps berthd from starting or pods from running, " +
+				"a warning will do so some day, a note is something that the node does not have. Nothing is changed. Exit code 5 tells of errors.",
+			examples: []string{"berth doctor", "berth doctor --quiet", "berth doctor --config ./berth.toml --json | jq '.checks[] | select(.level == \"error\")'"}},
 		{name: "ops", short: "show what berthd is doing: which object, at which step, since when", setup: showOps,
 			long: "Calls are CRI requests that are not answered yet, operations the work that they wait for or have given up waiting for: such work goes on, and the next call joins it. " +
 				"Sessions are execs, attaches and port-forwards, background is what berthd does of itself. FOR is how long the step has lasted. While no berthd runs, it is what the book has as begun and not as done: the next berthd undoes or finishes that.",

@@ -65,9 +65,12 @@ func inspect(src source, what string, mend bool, stdout, stderr io.Writer) error
 	enc := json.NewEncoder(stdout)
 	last := api.Record{Done: true}
 	var err error
-	if what == "ops" {
+	switch what {
+	case "ops":
 		err = unfinished(src, func(r api.Record) { _ = enc.Encode(r) })
-	} else {
+	case "doctor":
+		checkup(ctx, src, func(c api.Check) { _ = enc.Encode(api.Record{Check: &c}) })
+	default:
 		err = inspectTo(ctx, src, what, mend, stderr, func(f api.Finding) { _ = enc.Encode(api.Record{Finding: &f}) })
 	}
 	if err != nil {
@@ -80,7 +83,7 @@ func inspectTo(ctx context.Context, src source, what string, mend bool, stderr i
 	looks := map[string]func(*config, context.Context, string, bool, func(api.Finding)) error{"leaks": (*config).leaks, "check": (*config).check}
 	look := looks[what]
 	if look == nil {
-		return fmt.Errorf("--inspect %q: want leaks, check or ops", what)
+		return fmt.Errorf("--inspect %q: want leaks, check, ops or doctor", what)
 	}
 	c, err := src.load()
 	if err != nil {

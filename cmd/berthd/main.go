@@ -70,7 +70,7 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	fs.BoolVar(&o.version, "version", false, "print the version and exit")
 	fs.BoolVar(&o.printConfig, "print-config", false, "print a configuration file with all defaults and exit")
 	fs.BoolVar(&o.checkConfig, "check-config", false, "check the configuration and exit")
-	fs.StringVar(&o.inspect, "inspect", "", "`look` at a node whose daemon does not run and exit: leaks, check or ops; prints records of JSON, for the command berth")
+	fs.StringVar(&o.inspect, "inspect", "", "`look` at a node, but for doctor one whose daemon does not run, and exit: leaks, check, ops or doctor; prints records of JSON, for the command berth")
 	fs.BoolVar(&o.mend, "mend", false, "with --inspect: put right what can be")
 	fs.Func("config", "configuration `file`, which has to exist (default "+defaultConfig+", which need not)", func(s string) error {
 		o.source.file, o.source.required = s, true

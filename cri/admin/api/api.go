@@ -292,6 +292,26 @@ type Finding struct {
 	Error       string    `json:"error,omitempty"` // why it was not
 }
 
+// Check is something about the node that was looked at.
+type Check struct {
+	Name   string `json:"name"` // "kernel version", "state_dir space"
+	Level  Level  `json:"level"`
+	Seen   string `json:"seen"`
+	Want   string `json:"want,omitempty"`   // if that is not what was seen
+	Remedy string `json:"remedy,omitempty"` // what an administrator can do about it
+}
+
+// Level is how bad it is.
+type Level string
+
+// The levels, from good to bad.
+const (
+	LevelOK      Level = "ok"
+	LevelNote    Level = "note"    // something to know: a feature is not there
+	LevelWarning Level = "warning" // it works, and will not always
+	LevelError   Level = "error"   // berthd cannot start, or pods cannot
+)
+
 // Record is one line of the answer to long work.
 type Record struct {
 	// Ref is what the record is about, where several things are worked on.
@@ -311,6 +331,7 @@ type Record struct {
 	Summary *Summary     `json:"summary,omitempty"`
 	Finding *Finding     `json:"finding,omitempty"`
 	Op      *Op          `json:"op,omitempty"`
+	Check   *Check       `json:"check,omitempty"`
 	// Done marks the last record.
 	Done bool `json:"done,omitempty"`
 	// Error says why the work, or before the last record a part of it, failed.
