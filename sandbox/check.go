@@ -151,7 +151,10 @@ func (c *checks) pod(ctx context.Context, p *pod, attached []string, points []mo
 	if !p.listed() || p.Stopping || p.State != StateReady || p.BootID != s.cfg.BootID {
 		return
 	}
-	again := func(ctx context.Context) error { return s.recoverPod(ctx, p) }
+	again := func(ctx context.Context) error {
+		defer s.greetAll()
+		return s.recoverPod(ctx, p)
+	}
 	if !s.pinned(p) {
 		c.add("namespaces", "not all are pinned below "+filepath.Dir(s.deps.Pins.Path(p.ID, netns.Net)),
 			"no container can be started in it, and its network cannot be released in full", takeAgain, again)
@@ -250,7 +253,10 @@ func (c *checks) process(ctx context.Context, r *container) (ended bool) {
 	if o.exit != nil && s.cfg.Observe {
 		return true // the next start takes it from the record
 	}
-	again := func(ctx context.Context) error { return s.recoverContainer(ctx, r) }
+	again := func(ctx context.Context) error {
+		defer s.greetAll()
+		return s.recoverContainer(ctx, r)
+	}
 	v := decideContainer(r.containerRow, o, time.Now())
 	switch {
 	case v.ask:

@@ -350,14 +350,21 @@ func (r *reached) add(id string, c *shim.Reached) {
 	r.all = append(r.all, reachedShim{id, c})
 }
 
+func (r *reached) take() []reachedShim {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	all := r.all
+	r.all = nil
+	return all
+}
+
 // greetings is how many shims are begun to be talked to at once, while calls are
 // answered already.
 const greetings = 2
 
-// greetAll begins to talk to the shims that were reached at the start.
+// greetAll begins to talk to the shims that were reached at the start, or since.
 func (s *Service) greetAll() {
-	_ = parallel(s.reached.all, greetings, func(r reachedShim) error { s.greet(r.id, r.conn); return nil })
-	s.reached.all = nil
+	_ = parallel(s.reached.take(), greetings, func(r reachedShim) error { s.greet(r.id, r.conn); return nil })
 }
 
 // greet begins to talk to a shim and follows it, unless somebody who had something
