@@ -71,7 +71,7 @@ conformance: deps $(NEW_RUNC) ## black-box tests over the socket, with the oldes
 	if [ -x $(NEW_RUNC) ]; then BERTH_RUNC=$(NEW_RUNC) $(GO) test -timeout 20m -v ./test/critest | grep -vE '^(=== |    --- (PASS|SKIP)|--- PASS)'; exit $${PIPESTATUS[0]}; fi
 
 crash: deps ## every step broken in every way; CYCLES (200) lives with kill -9 at random
-	BERTH_CRASH_MATRIX=1 $(GO) test -timeout 60m -v -run 'Matrix$$' ./test/crash | grep -vE '^ *(=== |--- PASS)'; exit $${PIPESTATUS[0]}
+	BERTH_CRASH_MATRIX=1 $(GO) test -timeout 60m -v -run 'Matrix$$|Clock$$' ./test/crash | grep -vE '^ *(=== |--- PASS)'; exit $${PIPESTATUS[0]}
 	BERTH_CRASH_CYCLES=$(CYCLES) $(GO) test -timeout 60m -v -run Cycles ./test/crash
 
 power: deps ## pulls and removals with CUTS (100) power cuts on ext4 and xfs, KILLS (500) of berthd

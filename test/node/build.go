@@ -33,20 +33,23 @@ func Build(ctx context.Context, root, dir string) (string, error) {
 	if bin := os.Getenv(BinEnv); bin != "" {
 		return bin, nil
 	}
-	return dir, build(ctx, root, dir, "containers_image_openpgp,nri_no_wasm", "./cmd/berthd", "./cmd/berth", "./cmd/berth-shim", "./cmd/berth-init")
+	return dir, build(ctx, root, dir, buildTags, nil, "./cmd/berthd", "./cmd/berth", "./cmd/berth-shim", "./cmd/berth-init")
 }
 
 // BuildFailpoints is Build for programs with failpoints (test/failpoint), and
 // the one that stands for runtimes and plugins, fakes. It uses no built ones.
 func BuildFailpoints(ctx context.Context, root, dir string) error {
-	return build(ctx, root, dir, "containers_image_openpgp,nri_no_wasm,failpoint", "./cmd/berthd", "./cmd/berth-shim", "./cmd/berth-init", "./test/fakes")
+	return build(ctx, root, dir, buildTags+",failpoint", nil, "./cmd/berthd", "./cmd/berth-shim", "./cmd/berth-init", "./test/fakes")
 }
 
-func build(ctx context.Context, root, dir, tags string, packages ...string) error {
+// buildTags are those of the Makefile.
+const buildTags = "containers_image_openpgp,nri_no_wasm"
+
+func build(ctx context.Context, root, dir, tags string, flags []string, packages ...string) error {
 	for _, pkg := range packages {
 		name := filepath.Base(pkg)
-		cmd := exec.CommandContext(ctx, "go", "build", "-tags", tags, "-trimpath", "-buildvcs=false",
-			"-ldflags=-s -w", "-o", filepath.Join(dir, name), pkg)
+		args := append([]string{"build", "-tags", tags, "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", filepath.Join(dir, name)}, flags...)
+		cmd := exec.CommandContext(ctx, "go", append(args, pkg)...)
 		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("build %s: %w: %s", name, err, out)
