@@ -64,7 +64,6 @@ type clock struct {
 	attempt, podAttempt uint32
 	created             int64 // of the last attempt of the container
 	podCreated          int64 // of the last attempt of the pod
-	told                int64 // of the last status of the pod
 	usage               uint64
 }
 
