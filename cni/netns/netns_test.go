@@ -358,8 +358,10 @@ func mountsBelow(t *testing.T, pid, dir string) []string {
 // this one as far as propagation allows, and returns its process ID.
 func otherNamespace(t *testing.T) string {
 	t.Helper()
-	cmd := exec.Command("sleep", "1000")
-	cmd.SysProcAttr = &unix.SysProcAttr{Unshareflags: unix.CLONE_NEWNS, Pdeathsig: unix.SIGKILL}
+	// No Pdeathsig: it would come with the end of the thread that started it, which may be
+	// one that somebody threw away.
+	cmd := exec.Command("sleep", "100")
+	cmd.SysProcAttr = &unix.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
