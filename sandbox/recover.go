@@ -360,7 +360,7 @@ func (r *reached) take() []reachedShim {
 
 // greetings is how many shims are begun to be talked to at once, while calls are
 // answered already.
-const greetings = 2
+const greetings = 8
 
 // greetAll begins to talk to the shims that were reached at the start, or since.
 func (s *Service) greetAll() {
