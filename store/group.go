@@ -1,6 +1,7 @@
 package store
 
 import (
+	"errors"
 	"fmt"
 	"runtime/debug"
 	"sync"
@@ -25,6 +26,7 @@ type group struct {
 // call is one Update under way.
 type call struct {
 	fn    func(*Tx) error
+	alone bool // in a transaction of its own
 	err   error
 	panic any
 	wake  chan bool // true: lead now; false: err and panic are set
@@ -35,7 +37,28 @@ type call struct {
 // nothing changed. fn may run more than once; see the package's caveats.
 // A panic of fn is passed on to its own caller only.
 func (s *Store) Update(fn func(*Tx) error) error {
-	c := &call{fn: fn, wake: make(chan bool, 1)}
+	return s.serve(&call{fn: fn, wake: make(chan bool, 1)})
+}
+
+// unchanged runs fn as Update does, but alone, and gives the transaction up.
+func (s *Store) unchanged(fn func(*Tx) error) error {
+	err := s.serve(&call{alone: true, wake: make(chan bool, 1), fn: func(tx *Tx) error {
+		if err := fn(tx); err != nil {
+			return err
+		}
+		return errGiveUp
+	}})
+	if errors.Is(err, errGiveUp) {
+		return nil
+	}
+	return err
+}
+
+// errGiveUp ends a transaction that is not to be written.
+var errGiveUp = errors.New("nothing to write")
+
+// serve waits until the call has been served, or leads.
+func (s *Store) serve(c *call) error {
 	g := &s.group
 	g.mu.Lock()
 	g.waiting = append(g.waiting, c)
@@ -84,7 +107,15 @@ func (s *Store) lead(self *call) {
 // as it is on disk and not about neighbours that might never have been written.
 // It returns the unreadable rows that were met.
 func (s *Store) commit(batch []*call) (found []unreadable) {
-	var alone []*call
+	var alone, together []*call
+	for _, c := range batch {
+		if c.alone {
+			alone = append(alone, c)
+		} else {
+			together = append(together, c)
+		}
+	}
+	batch = together
 	for len(batch) > 1 {
 		i, err := s.attempt(batch, &found)
 		if err == nil {

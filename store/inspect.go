@@ -23,7 +23,7 @@ func Inspect(path string) (*Store, error) {
 		return nil, fmt.Errorf("book %s: %w", path, err)
 	}
 	s := &Store{path: path, db: db}
-	err = s.check(false)
+	err = s.checkReading()
 	if err == nil {
 		_ = db.View(func(tx *bbolt.Tx) error {
 			s.loadQuarantined(tx)
@@ -41,21 +41,35 @@ func Inspect(path string) (*Store, error) {
 func (s *Store) Path() string { return s.path }
 
 // Check compares the pages of the book with each other, as Open does, and returns
-// ErrCorrupt with what it found. No commit is made meanwhile.
+// ErrCorrupt with what it found, with EIO if a page is not readable. No commit is
+// made meanwhile. It must not be called by the functions of Update and View.
 func (s *Store) Check() error {
-	if err := s.check(!s.db.IsReadOnly()); err != nil {
-		return fmt.Errorf("book %s: %w", s.path, err)
+	if s.db.IsReadOnly() {
+		if err := s.checkReading(); err != nil {
+			return fmt.Errorf("book %s: %w", s.path, err)
+		}
+		return nil
 	}
-	return nil
+	return s.unchanged(func(tx *Tx) error {
+		if err := check(tx.tx); err != nil {
+			return fmt.Errorf("book %s: %w", s.path, err)
+		}
+		return nil
+	})
 }
 
 // Unreadable lists the rows of all tables whose checksums are wrong and that are not
 // in the quarantine: what has become of the file since they were read. It changes
-// nothing.
+// nothing. It ends early at a page that is not readable, of which Check tells.
 func (s *Store) Unreadable() (bad []Quarantine) {
 	known := s.Quarantined()
-	_ = s.db.View(func(tx *bbolt.Tx) error { // after a close there is nothing to tell
-		tables := tx.Bucket(tablesBucket)
+	_ = s.View(func(tx *Tx) (err error) { // after a close there is nothing to tell
+		defer func() {
+			if p := recover(); p != nil {
+				err = panicked(p)
+			}
+		}()
+		tables := tx.tx.Bucket(tablesBucket)
 		if tables == nil {
 			return nil
 		}
@@ -75,21 +89,28 @@ func (s *Store) Unreadable() (bad []Quarantine) {
 	return bad
 }
 
-// check reads every page, so that damage is met here and not later in the
-// middle of an operation. Reading a truncated file faults, and bbolt panics on
-// pages that contradict each other; both become ErrCorrupt. bbolt's check needs the
-// list of free pages to stand still, which is for a writer to see to unless nobody
-// else has the book yet.
-func (s *Store) check(asWriter bool) (err error) {
-	tx, err := s.db.Begin(asWriter)
+// checkReading is check while nobody can write: nobody else has the book yet, or it is
+// only looked at.
+func (s *Store) checkReading() error {
+	tx, err := s.db.Begin(false)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = tx.Rollback() }() // its only error is that the transaction has ended
+	return check(tx)
+}
+
+// check reads every page, so that damage is met here and not later in the
+// middle of an operation. Reading a truncated file faults, and bbolt panics on
+// pages that contradict each other; both become ErrCorrupt, the former with EIO.
+// bbolt's check needs the list of free pages to stand still.
+func check(tx *bbolt.Tx) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
-			err = fmt.Errorf("%w: %v", ErrCorrupt, p)
+			if err = panicked(p); !errors.Is(err, ErrCorrupt) {
+				err = fmt.Errorf("%w: %w", ErrCorrupt, err)
+			}
 		}
 	}()
 	// bbolt's own check runs on a goroutine of its own, where a fault

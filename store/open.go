@@ -69,7 +69,7 @@ func open(path string) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{path: path, db: db}
-	if err := s.check(false); err != nil {
+	if err := s.checkReading(); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
 	_ = db.View(func(tx *bbolt.Tx) error {

@@ -835,6 +835,9 @@ func TestBrokenForGood(t *testing.T) {
 		if err := s.Update(func(*Tx) error { return nil }); !errors.Is(err, unix.EIO) || !strings.Contains(err.Error(), s.path) {
 			t.Errorf("update: %v, want EIO and the book's path", err)
 		}
+		if err := s.Check(); !errors.Is(err, unix.EIO) || !strings.Contains(err.Error(), s.path) {
+			t.Errorf("check: %v, want EIO and the book's path", err)
+		}
 	}
 }
 

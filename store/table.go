@@ -9,6 +9,7 @@ import (
 	"hash/crc32"
 	"math"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 
@@ -173,6 +174,25 @@ func (t Table[T]) EachPrefix(tx *Tx, prefix string, fn func(key string, v T) err
 	return nil
 }
 
+// Keys calls fn with the key of every row, in order, until it returns an error, which is
+// returned. The rows are not read: those are among them that Each would leave out, or end
+// at. fn may change the table.
+func (t Table[T]) Keys(tx *Tx, fn func(key string) error) error {
+	b := t.bucket(tx)
+	if b == nil {
+		return nil
+	}
+	c := b.Cursor()
+	for k, _ := c.First(); k != nil; {
+		key := string(k)
+		if err := fn(key); err != nil {
+			return err
+		}
+		k, _ = next(tx, c, key)
+	}
+	return nil
+}
+
 // row is one that is read: raw is what is in the file.
 type row[T any] struct {
 	key string
@@ -193,16 +213,21 @@ func (t Table[T]) deliver(tx *Tx, r row[T], fn func(key string, v T) error) erro
 	return fmt.Errorf("%s %q: %w", t.name, r.key, r.err)
 }
 
-// batchRows is how many rows are decoded at a time, by all processors: JSON takes
-// most of the time of reading a table, and so of the start of a full node.
-const batchRows = 256
+// Rows are decoded many at a time, by all processors: JSON takes most of the time of
+// reading a table, and so of the start of a full node.
+const (
+	batchRows  = 256
+	batchBytes = 8 << 20 // of the rows in the file; the last one may exceed it
+)
 
 // eachOf is EachPrefix where nothing can change meanwhile.
 func (t Table[T]) eachOf(tx *Tx, c *bbolt.Cursor, k, raw []byte, prefix string, fn func(key string, v T) error) error {
 	for k != nil && bytes.HasPrefix(k, []byte(prefix)) {
 		var batch []row[T]
-		for ; k != nil && bytes.HasPrefix(k, []byte(prefix)) && len(batch) < batchRows; k, raw = c.Next() {
+		size := 0
+		for ; k != nil && bytes.HasPrefix(k, []byte(prefix)) && len(batch) < batchRows && size < batchBytes; k, raw = c.Next() {
 			batch = append(batch, row[T]{key: string(k), raw: raw})
+			size += len(raw)
 		}
 		t.decodeAll(batch)
 		for _, r := range batch {
@@ -214,9 +239,18 @@ func (t Table[T]) eachOf(tx *Tx, c *bbolt.Cursor, k, raw []byte, prefix string, 
 	return nil
 }
 
+// decodeAll panics when decoding one of them did, as on a page that cannot be read: that
+// is for the one who wants the rows, and only once nobody reads the file any more.
 func (t Table[T]) decodeAll(batch []row[T]) {
 	var next atomic.Int64
+	var broken atomic.Pointer[any]
 	work := func() {
+		defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // which is by goroutine
+		defer func() {
+			if p := recover(); p != nil {
+				broken.CompareAndSwap(nil, &p)
+			}
+		}()
 		for i := next.Add(1) - 1; i < int64(len(batch)); i = next.Add(1) - 1 {
 			batch[i].v, batch[i].err = t.decode(batch[i].key, batch[i].raw)
 		}
@@ -227,6 +261,9 @@ func (t Table[T]) decodeAll(batch []row[T]) {
 	}
 	work()
 	wg.Wait()
+	if p := broken.Load(); p != nil {
+		panic(*p)
+	}
 }
 
 // next moves to the key after the one given. In a writable transaction fn may
