@@ -70,7 +70,8 @@ func (s *Service) check(ctx context.Context) ([]store.Finding, error) {
 // checkBook looks at the file and at what it could not read.
 func (s *Service) checkBook() (found []store.Finding) {
 	st := s.deps.Store
-	if err := st.Check(); err != nil {
+	err := st.Check()
+	if err != nil {
 		found = append(found, store.Finding{Kind: "book", What: st.Path(), Why: err.Error(),
 			Consequence: "what it says cannot be relied on; the next start sets it aside, and finds pods and containers again by their notes",
 			Remedy:      "drain the node, and restart berthd"})
@@ -80,7 +81,10 @@ func (s *Service) checkBook() (found []store.Finding) {
 			Consequence: "images have to be pulled again; layers of before stay on disk while containers of before are there",
 			Remedy:      "remove those containers; then it ends by itself"})
 	}
-	return append(found, append(s.checkRows(), s.checkQuarantine()...)...)
+	if !errors.Is(err, unix.EIO) { // a disk that does not give a page is not asked for it again
+		found = append(found, s.checkRows()...)
+	}
+	return append(found, s.checkQuarantine()...)
 }
 
 // checkRows looks for rows that have become unreadable since they were read.
