@@ -69,7 +69,7 @@ func (s *Service) leaks(ctx context.Context) ([]store.Finding, error) {
 		if !exists && !s.makes(file) {
 			path := filepath.Join(s.manifests.dir, file)
 			found = append(found, store.Finding{Kind: "layer manifest", What: path, Why: "its layer is not there, and no pull makes it", Since: modified(path),
-				Mend: func(context.Context) error { return os.RemoveAll(path) }})
+				Mend: func(ctx context.Context) error { return s.dropManifest(ctx, file) }})
 		}
 	}
 	used := s.used()
@@ -157,7 +157,7 @@ func (v *view) needsBlob(digest string) bool {
 func (s *Service) blobs() (digests []string, err error) {
 	err = s.book.View(func(tx *store.Tx) error {
 		digests = nil
-		return blobRows.Each(tx, func(digest string, _ []byte) error {
+		return blobRows.Keys(tx, func(digest string) error {
 			digests = append(digests, digest)
 			return nil
 		})
@@ -173,6 +173,26 @@ func (s *Service) dropBlob(digest string) error {
 		return nil
 	}
 	return s.book.Update(func(tx *store.Tx) error { return blobRows.Delete(tx, digest) })
+}
+
+// dropManifest removes a layer's manifest unless the layer has come since somebody
+// looked. A pull that wants the layer waits, and one that is at it holds it.
+func (s *Service) dropManifest(ctx context.Context, file string) error {
+	s.gcMu.Lock() // who condemns layers
+	defer s.gcMu.Unlock()
+	chain := chainOf(file)
+	if !s.chains.condemn(chain, func() bool { return s.view.Load().chains[chain] }) {
+		return nil
+	}
+	defer s.chains.absolve(chain)
+	_, err := s.sn.Stat(ctx, chain)
+	if err == nil {
+		return nil
+	}
+	if !errors.Is(err, snapshotter.ErrNotFound) {
+		return fmt.Errorf("layer manifest %s: %w", file, err)
+	}
+	return os.RemoveAll(filepath.Join(s.manifests.dir, file))
 }
 
 func modified(path string) time.Time {

@@ -1,6 +1,7 @@
 package imageservice
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -41,6 +42,47 @@ func (n *node) mustLeak(fix bool, kinds ...string) {
 	slices.Sort(got)
 	if err != nil || !slices.Equal(got, kinds) {
 		n.t.Errorf("leaks of the kinds %q, %v; want %q", got, err, kinds)
+	}
+}
+
+// TestDropManifest: between the look and the mending the layer may have come, or somebody
+// may have begun to make it.
+func TestDropManifest(t *testing.T) {
+	n := newNode(t)
+	img := n.mustPull(n.push())
+	const held = "sha256:held"
+	release, err := n.chains.hold(t.Context(), []string{held})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.sn.Prepare(t.Context(), "extract-0-0", ""); err != nil {
+		t.Fatal(err)
+	}
+	const unnamed = "sha256:unnamed" // by an image
+	if err := n.sn.Commit(t.Context(), unnamed, "extract-0-0"); err != nil {
+		t.Fatal(err)
+	}
+	for _, chain := range []string{held, unnamed} {
+		if err := os.WriteFile(n.manifests.path(chain), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	drop := func(chain string, gone bool) {
+		t.Helper()
+		path := n.manifests.path(chain)
+		err := n.dropManifest(t.Context(), filepath.Base(path))
+		if _, there := os.Stat(path); err != nil || errors.Is(there, os.ErrNotExist) != gone {
+			t.Errorf("%s: %v; then %v, want it gone: %v", chain, err, there, gone)
+		}
+	}
+	drop(img.ChainID, false)
+	drop(unnamed, false)
+	drop(held, false)
+	release()
+	drop(held, true)
+	drop(held, true) // it has been done
+	if n.chains.busy(held) || n.chains.busy(unnamed) {
+		t.Error("a layer is still condemned")
 	}
 }
 
