@@ -19,6 +19,7 @@ func (s *Snapshotter) Replace(ctx context.Context, name, key string, opts ...sna
 	}
 	var unused string // directory that nobody shows any more
 	err = s.book.Update(func(tx *store.Tx) (err error) {
+		s.removing.Delete(unused) // it may be run again, and fail
 		if unused, err = replace(tx, name, key, *info.Usage); unused != "" {
 			s.removing.Store(unused, true)
 		}

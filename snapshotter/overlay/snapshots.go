@@ -242,6 +242,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	var dir string
 	err := s.record(ctx, "remove", func(tx *store.Tx) (err error) {
+		s.removing.Delete(dir) // it may be run again, and fail
 		if dir, err = s.removeRow(tx, key); err == nil {
 			s.removing.Store(dir, true)
 		}

@@ -80,7 +80,8 @@ func (s *Snapshotter) Close() error {
 func (s *Snapshotter) RemoveAll(ctx context.Context, keys []string) (removed []string, freed <-chan struct{}, err error) {
 	var dirs []string
 	err = s.record(ctx, "remove", func(tx *store.Tx) error {
-		removed, dirs = nil, nil // it may be run again
+		s.spare(dirs) // it may be run again, and find others
+		removed, dirs = nil, nil
 		for _, key := range keys {
 			dir, err := s.removeRow(tx, key)
 			switch {
