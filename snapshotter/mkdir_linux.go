@@ -124,7 +124,14 @@ func resolveDir(root *os.File, name string) (string, error) {
 	if name == "" {
 		return ".", nil
 	}
-	fd, err := unix.Openat2(int(root.Fd()), name, &how)
+	var fd int
+	var err error
+	// The kernel gives up on ".." when anything on the machine is renamed or mounted meanwhile.
+	for range 32 {
+		if fd, err = unix.Openat2(int(root.Fd()), name, &how); !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
 	if err != nil {
 		return "", err
 	}
