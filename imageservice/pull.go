@@ -293,7 +293,7 @@ func (s *Service) makeDurable(ctx context.Context, p *pull, plan *plan, durable 
 	}
 	if err := watch.Sync(ctx); err != nil {
 		if !errors.Is(err, ctx.Err()) {
-			s.distrustLayers(plan.chainIDs())
+			err = errors.Join(err, s.distrustLayers(context.WithoutCancel(ctx), plan.chainIDs()))
 		}
 		return err
 	}
@@ -309,17 +309,31 @@ func (s *Service) makeDurable(ctx context.Context, p *pull, plan *plan, durable 
 var errLost = errors.New("some of it may not have reached the disk")
 
 // distrustLayers sees to it that layers that no image has are made anew by the next pull,
-// as what was written of them may be lost. Nothing of that need be in the book: the next
-// start removes such layers.
-func (s *Service) distrustLayers(chains []string) {
+// as what was written of them may be lost: those of a plan, and those that other pulls make
+// or have left behind, as the kernel does not tell whose write failed and tells only once.
+// Nothing of that need be in the book: the next start removes such layers.
+func (s *Service) distrustLayers(ctx context.Context, chains []string) error {
+	chains = slices.Clone(chains)
+	s.mu.Lock()
+	for c := range s.flights { // before the walk, which does not see what is not committed
+		chains = append(chains, c)
+	}
+	s.mu.Unlock()
+	err := s.sn.Walk(ctx, func(_ context.Context, i snapshotter.Info) error {
+		if i.Kind == snapshotter.KindCommitted {
+			chains = append(chains, i.Name)
+		}
+		return nil
+	})
 	durable := s.view.Load().chains
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, c := range chains {
 		if !durable[c] {
-			s.damaged[c] = "its sync failed"
+			s.damaged[c] = "a sync failed"
 		}
 	}
+	return err
 }
 
 // makeVisible writes the image's row and takes its names away from other images, all in
