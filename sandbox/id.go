@@ -6,6 +6,9 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/berthd/berth/store"
 )
@@ -17,6 +20,7 @@ import (
 type idKey struct {
 	secret   [16]byte
 	stateDir string // a copy of a state directory makes other IDs
+	node     string // and so does one on another machine
 }
 
 const (
@@ -28,7 +32,7 @@ const (
 // openIDKey reads the key from the book. If there is none a new one is made, and
 // written if the book can be written: without, nothing made before is recognized.
 func openIDKey(st *store.Store, stateDir string) (idKey, error) {
-	k := idKey{stateDir: stateDir}
+	k := idKey{stateDir: stateDir, node: nodeMark(stateDir)}
 	text, err := st.Meta(metaIDKey)
 	if b, e := hex.DecodeString(text); err == nil && e == nil && len(b) == len(k.secret) {
 		copy(k.secret[:], b)
@@ -57,6 +61,22 @@ func (k idKey) made(id string) bool {
 
 func (k idKey) sum(text string) string {
 	h := hmac.New(sha256.New, k.secret[:])
-	h.Write([]byte(text + k.stateDir))
+	h.Write([]byte(text + k.stateDir + k.node))
 	return hex.EncodeToString(h.Sum(nil))[:idSumDigits]
+}
+
+// nodeMark tells a node from its clones, as of an image of a disk with a book on it, and
+// stays over reboots: what the operating system and the machine call themselves, and
+// where a file system has the state directory. What cannot be told is left out.
+func nodeMark(stateDir string) string {
+	mark := ""
+	for _, file := range []string{"/etc/machine-id", "/sys/class/dmi/id/product_uuid"} { // machine-id(5); the firmware's, SMBIOS 7.2.1
+		b, _ := readBounded(file, 256)
+		mark += "\n" + strings.TrimSpace(string(b))
+	}
+	var st unix.Stat_t
+	if unix.Stat(stateDir, &st) == nil { // its device's number may change with a reboot
+		mark += fmt.Sprintf("\n%d", st.Ino)
+	}
+	return mark
 }

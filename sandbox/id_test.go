@@ -33,6 +33,9 @@ func TestIDKey(t *testing.T) {
 	if copied, err := openIDKey(st, "/b"); err != nil || copied.made(id) {
 		t.Errorf("in another state directory: %v, recognized", err)
 	}
+	if cloned := (idKey{secret: key.secret, stateDir: key.stateDir, node: "another machine"}); cloned.made(id) {
+		t.Error("on a clone of the machine: recognized")
+	}
 	flip := func(i int) string {
 		b := []byte(id)
 		if b[i]++; b[i] > 'f' || b[i] > '9' && b[i] < 'a' {
@@ -62,5 +65,16 @@ func TestIDKey(t *testing.T) {
 	defer read.Close()
 	if k, err := openIDKey(read, "/a"); err != nil || !k.made(id) {
 		t.Errorf("book that is only read: %v", err)
+	}
+}
+
+// The mark of a node stays, and a copy of the directory has another one.
+func TestNodeMark(t *testing.T) {
+	a, b := t.TempDir(), t.TempDir()
+	if one, again := nodeMark(a), nodeMark(a); one != again {
+		t.Errorf("%q, then %q", one, again)
+	}
+	if one, two := nodeMark(a), nodeMark(b); one == two {
+		t.Errorf("two directories have the mark %q", one)
 	}
 }
