@@ -409,7 +409,7 @@ func (l *leftovers) traces(ctx context.Context) error {
 func (l *leftovers) cgroups(context.Context) error {
 	groups, ids := l.s.hier.Find(validID)
 	for i, g := range groups {
-		if !l.ours(ids[i]) {
+		if !l.ours(ids[i]) || g.Foreign() { // of a berthd in another PID namespace, as it may be
 			continue
 		}
 		what := g.Path()

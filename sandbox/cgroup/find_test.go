@@ -1,6 +1,7 @@
 package cgroup
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -35,5 +36,24 @@ func TestFind(t *testing.T) {
 	}
 	if groups, _ := (Hierarchy{}).Find(isID); len(groups) != 0 {
 		t.Errorf("without hierarchies: %v", groups)
+	}
+}
+
+func TestForeign(t *testing.T) {
+	for procs, want := range map[string]bool{"": false, "1\n20\n": false, "10\n0\n": true, "0\n": true} {
+		if got := fakeGroup(t, true, map[string]string{"cgroup.procs": procs}).Foreign(); got != want {
+			t.Errorf("cgroup.procs %q: %v, want %v", procs, got, want)
+		}
+	}
+	g := fakeGroup(t, true, map[string]string{"cgroup.procs": ""})
+	below := filepath.Join(g.Dirs()[0], "below")
+	if err := errors.Join(os.Mkdir(below, 0o755), os.WriteFile(filepath.Join(below, "cgroup.procs"), []byte("0\n"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	if !g.Foreign() {
+		t.Error("a process in a group below it is not seen")
+	}
+	if (Group{}).Foreign() {
+		t.Error("the zero group has processes")
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -36,6 +37,20 @@ func (g Group) Procs() ([]int, error) {
 	}
 	slices.Sort(pids)
 	return slices.Compact(pids), nil
+}
+
+// Foreign tells whether processes that this PID namespace can not see are in the group or
+// below it, as far as the kernel says so: it does on v2, by the number 0.
+func (g Group) Foreign() bool {
+	for _, top := range g.Dirs() {
+		for _, dir := range append([]string{top}, subgroups(top)...) {
+			b, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+			if slices.Contains(strings.Split(string(b), "\n"), "0") {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func readProcs(dir string) ([]int, error) {
