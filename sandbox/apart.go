@@ -2,10 +2,13 @@ package sandbox
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -17,11 +20,17 @@ import (
 // SIGKILL, and what it has open stays open for as long: this daemon's sockets, so
 // that no client would notice its end, and its locks, so that no other one could
 // start. So a thread of its own waits, which has next to no descriptors. What it
-// finds is for the caller to see.
-func awaitAnswer(path string) {
-	if answersAtOnce(path) {
-		return
+// finds is for the caller to see; the error is that too many wait already. A kernel
+// that cannot tell which looks wait (before Linux 5.12) has none taken apart.
+func awaitAnswer(path string) error {
+	if !tellsCached() || answersAtOnce(path) {
+		return nil
 	}
+	done, err := lookers.enter()
+	if err != nil {
+		return err
+	}
+	defer done()
 	keep := runtimeFiles()
 	_ = netns.OnThread(func() error {
 		if len(keep) > 0 {
@@ -30,20 +39,57 @@ func awaitAnswer(path string) {
 		var st unix.Stat_t
 		return unix.Stat(path, &st)
 	})
+	return nil
+}
+
+// maxLookers bounds the threads that wait for answers, lookerPatience how long one
+// more look waits for another one to end.
+const (
+	maxLookers     = 64
+	lookerPatience = 10 * time.Second
+)
+
+var lookers = crowd{make(chan struct{}, maxLookers), lookerPatience}
+
+// crowd is those who wait for volumes that may never answer.
+type crowd struct {
+	in       chan struct{}
+	patience time.Duration
+}
+
+func (c crowd) enter() (done func(), err error) {
+	timeout := time.NewTimer(c.patience)
+	defer timeout.Stop()
+	select {
+	case c.in <- struct{}{}:
+		return func() { <-c.in }, nil
+	case <-timeout.C:
+		return nil, fmt.Errorf("%w: %d looks, the limit, wait for volumes that do not answer", ErrBusy, cap(c.in))
+	}
 }
 
 // resolveCached is RESOLVE_CACHED (openat2(2), Linux 5.12).
 const resolveCached = 0x20
 
+// tellsCached tells whether the kernel knows of it and nothing filters the call.
+var tellsCached = sync.OnceValue(func() bool {
+	err := openCached("/")
+	return !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM)
+})
+
 // answersAtOnce tells whether a look at a path needs nothing but the kernel's
 // caches.
 func answersAtOnce(path string) bool {
+	err := openCached(path)
+	return err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP)
+}
+
+func openCached(path string) error {
 	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: resolveCached})
 	if err == nil {
 		unix.Close(fd)
-		return true
 	}
-	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP)
+	return err
 }
 
 // runtimeFiles are the descriptors that Go's scheduler may use on any thread: those

@@ -5,8 +5,10 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,7 +21,7 @@ func TestAnswersAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range []string{dir + "/a", dir + "/link", dir + "/loop", dir + "/a/../link"} {
-		atOnce := !resolvesCached()
+		atOnce := !tellsCached()
 		for try := 0; !atOnce && try < 10_000; try++ { // mounts and renames elsewhere make the kernel look anew
 			_, _ = os.Stat(path)
 			atOnce = answersAtOnce(path)
@@ -27,17 +29,29 @@ func TestAnswersAtOnce(t *testing.T) {
 		if !atOnce {
 			t.Errorf("%s: does not answer at once, although it was looked at before", path)
 		}
-		awaitAnswer(path)
+		if err := awaitAnswer(path); err != nil {
+			t.Errorf("%s: %v", path, err)
+		}
 	}
 }
 
-// resolvesCached tells whether this kernel knows what answersAtOnce asks for.
-func resolvesCached() bool {
-	fd, err := unix.Openat2(unix.AT_FDCWD, "/", &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: resolveCached})
-	if err == nil {
-		unix.Close(fd)
+// TestCrowd: so many looks may wait for volumes that do not answer, and no more.
+func TestCrowd(t *testing.T) {
+	c := crowd{make(chan struct{}, 2), time.Millisecond}
+	one, err := c.enter()
+	if err != nil {
+		t.Fatal(err)
 	}
-	return err == nil
+	if _, err := c.enter(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.enter(); !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), "2 looks") {
+		t.Errorf("the third of two: %v, want an error with their number", err)
+	}
+	one()
+	if _, err := c.enter(); err != nil {
+		t.Errorf("after one has left: %v", err)
+	}
 }
 
 // TestCloseAllBut: the thread has none of the process's files, the process has them

@@ -65,7 +65,9 @@ func gatherMount(m *runtime.Mount, ids mountIDs) (spec.Mount, error) {
 		return s, fmt.Errorf("%w: host_path %.200q: not an absolute path", ErrInvalid, m.GetHostPath())
 	}
 	var err error
-	awaitAnswer(m.HostPath)
+	if err := awaitAnswer(m.HostPath); err != nil {
+		return s, fmt.Errorf("host_path %.200q: %w", m.HostPath, err)
+	}
 	if s.Source, err = filepath.EvalSymlinks(m.HostPath); err != nil {
 		return s, fmt.Errorf("%w: host_path %.200q: %w", ErrInvalid, m.HostPath, err)
 	}
@@ -177,7 +179,9 @@ func gatherDevice(d *runtime.Device) ([]spec.Device, error) {
 	if inside == "" {
 		inside = d.HostPath
 	}
-	awaitAnswer(d.HostPath)
+	if err := awaitAnswer(d.HostPath); err != nil {
+		return nil, fmt.Errorf("host_path %.200q: %w", d.HostPath, err)
+	}
 	source, err := filepath.EvalSymlinks(d.HostPath)
 	if err != nil {
 		return nil, fmt.Errorf("%w: host_path %.200q: %w", ErrInvalid, d.HostPath, err)
