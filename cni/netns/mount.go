@@ -7,6 +7,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// ErrNoexec: PrivateMount has done all but let programs be run, as the kernel does not
+// allow it: the flags of a mount from another user namespace are locked
+// (mount_namespaces(7)).
+var ErrNoexec = errors.New("the mount stays noexec")
+
 // PrivateMount makes dir, which exists and is the caller's alone, a mount point
 // with private propagation: mounts below it stay in this mount namespace. A
 // directory that is not a mount point is bind-mounted on itself; doing it again
@@ -19,7 +24,11 @@ func PrivateMount(dir string) error {
 	if err := makePrivate(dir); err != nil {
 		return fmt.Errorf("private mount %s: %w", dir, err)
 	}
-	if err := allowExec(dir); err != nil {
+	err := allowExec(dir)
+	if errors.Is(err, unix.EPERM) {
+		err = fmt.Errorf("%w: %w", ErrNoexec, err)
+	}
+	if err != nil {
 		return fmt.Errorf("private mount %s: without noexec: %w", dir, err)
 	}
 	return nil
@@ -41,6 +50,10 @@ func makePrivate(dir string) error {
 	return unix.Mount("", dir, "", private, "")
 }
 
+// stNoSymFollow is ST_NOSYMFOLLOW (statfs(2), Linux 5.10), another bit than that for
+// mount(2).
+const stNoSymFollow = 0x2000
+
 // allowExec takes noexec from a mount, and from no other of its file system.
 func allowExec(dir string) error {
 	var st unix.Statfs_t
@@ -50,5 +63,8 @@ func allowExec(dir string) error {
 	// The other flags of a mount are as given; only those about access times
 	// stay when none is.
 	keep := uintptr(st.Flags) & (unix.ST_RDONLY | unix.ST_NOSUID | unix.ST_NODEV)
+	if st.Flags&stNoSymFollow != 0 {
+		keep |= unix.MS_NOSYMFOLLOW
+	}
 	return unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_BIND|keep, "")
 }

@@ -1,6 +1,7 @@
 package netns
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -376,7 +378,7 @@ func TestPrivateMount(t *testing.T) {
 	needRoot(t)
 	// A shared mount, as systemd makes every mount of the host.
 	outer := t.TempDir()
-	if err := unix.Mount("tmpfs", outer, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+	if err := unix.Mount("tmpfs", outer, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_NOSYMFOLLOW, ""); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Unmount(outer, unix.MNT_DETACH) })
@@ -393,13 +395,18 @@ func TestPrivateMount(t *testing.T) {
 		}
 	}
 	var mounts int
+	noSymFollow := false // Linux 5.10
 	for line := range strings.Lines(mustRead(t, "/proc/self/mountinfo")) {
 		f := strings.Fields(line)
 		if f[4] == outer && !strings.Contains(f[5], "noexec") {
 			t.Errorf("the mount above has lost its flags: %s", line)
 		}
+		noSymFollow = noSymFollow || f[4] == outer && strings.Contains(f[5], "nosymfollow")
 		if f[4] == root {
 			mounts++
+			if noSymFollow && !strings.Contains(f[5], "nosymfollow") {
+				t.Errorf("flags %s, want nosymfollow as above", f[5])
+			}
 			if o := "," + f[5] + ","; strings.Contains(o, ",noexec,") || !strings.Contains(o, ",nosuid,") || !strings.Contains(o, ",nodev,") {
 				t.Errorf("flags %s, want nosuid and nodev as above, and no noexec", f[5])
 			}
@@ -444,6 +451,42 @@ func TestPrivateMount(t *testing.T) {
 	}
 	if err := PrivateMount(filepath.Join(outer, "absent")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("absent directory: got %v", err)
+	}
+}
+
+// TestPrivateMountLocked: in a user namespace the flags of the mounts that come from
+// outside are locked.
+func TestPrivateMountLocked(t *testing.T) {
+	if dir := os.Getenv("NETNS_TEST_LOCKED"); dir != "" {
+		if err := PrivateMount(dir); !errors.Is(err, ErrNoexec) || !errors.Is(err, unix.EPERM) {
+			t.Errorf("got %v, want %v", err, ErrNoexec)
+		}
+		if o := mustRead(t, "/proc/self/mountinfo"); !strings.Contains(o, " "+dir+" ") {
+			t.Errorf("%s is no mount:\n%s", dir, o)
+		}
+		return
+	}
+	needRoot(t)
+	outer := t.TempDir()
+	if err := unix.Mount("tmpfs", outer, "tmpfs", unix.MS_NOEXEC, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(outer, unix.MNT_DETACH) })
+	root := filepath.Join(outer, "berth")
+	if err := os.Mkdir(root, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestPrivateMountLocked$", "-test.count=1")
+	cmd.Env = append(os.Environ(), "NETNS_TEST_LOCKED="+root)
+	all := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS, UidMappings: all, GidMappings: all}
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		t.Skipf("no user namespaces: %v", err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("%v: %s", err, out.String())
 	}
 }
 
