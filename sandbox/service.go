@@ -62,7 +62,7 @@ type Service struct {
 // logger and bounds New itself.
 func New(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 	if cfg.BootID == "" {
-		id, err := bootID()
+		id, err := BootID()
 		if err != nil {
 			return nil, fmt.Errorf("sandbox: %w", err)
 		}
@@ -262,8 +262,8 @@ func logFor(ctx context.Context, kv ...any) (klog.Logger, context.Context) {
 
 func stack() string { return string(debug.Stack()) }
 
-// bootID reads the kernel's identifier of this boot.
-func bootID() (string, error) {
+// BootID reads the kernel's identifier of this boot.
+func BootID() (string, error) {
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return "", fmt.Errorf("boot ID: %w", err)

@@ -26,12 +26,26 @@ func adapt(c *config) error {
 	if err := keepDescriptors(); err != nil {
 		return err
 	}
+	if err := c.eachOwn(makeOwn); err != nil {
+		return err
+	}
+	return os.MkdirAll(filepath.Dir(c.Socket), 0o755)
+}
+
+// tighten takes from others what they may do with berth's directories. It is for who
+// has their locks: a daemon that runs may have opened them to passing through.
+func (c *config) tighten() error {
+	return c.eachOwn(func(dir string) error { return errors.Join(makePrivate(dir), tighten(dir)) })
+}
+
+// eachOwn calls fn with each directory that is berth's alone.
+func (c *config) eachOwn(fn func(dir string) error) error {
 	for _, d := range []struct{ key, dir string }{{"state_dir", c.StateDir}, {"run_dir", c.RunDir}} {
-		if err := errors.Join(makePrivate(d.dir), tighten(d.dir)); err != nil {
+		if err := fn(d.dir); err != nil {
 			return c.wrong(d.key, "%q: %w", d.dir, err)
 		}
 	}
-	return os.MkdirAll(filepath.Dir(c.Socket), 0o755)
+	return nil
 }
 
 // keepDescriptors makes sure that no program that this process starts gets what
@@ -52,31 +66,44 @@ func keepDescriptors() error {
 	return nil
 }
 
-// makePrivate makes a directory that only root may enter, or makes it so.
-// One of somebody else is refused: its owner could exchange what is in it.
-func makePrivate(dir string) error {
-	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+// makeOwn makes a directory that only root may enter, if there is none.
+func makeOwn(dir string) error {
+	fd, err := openOwn(dir)
+	if err != nil {
 		return err
+	}
+	return unix.Close(fd)
+}
+
+// openOwn is makeOwn and opens it. One of somebody else is refused: its owner could
+// exchange what is in it.
+func openOwn(dir string) (fd int, err error) {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return -1, err
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
-		return err
+		return -1, err
 	}
-	// Held open, so that what was checked is what is changed.
-	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if fd, err = unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0); err != nil {
+		return -1, fmt.Errorf("want a directory: %w", err)
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil && st.Uid != 0 {
+		err = fmt.Errorf("belongs to user %d, want root", st.Uid)
+	}
 	if err != nil {
-		return fmt.Errorf("want a directory: %w", err)
+		return -1, errors.Join(err, unix.Close(fd))
+	}
+	return fd, nil
+}
+
+// makePrivate is makeOwn, and lets only root enter one that is there.
+func makePrivate(dir string) error {
+	fd, err := openOwn(dir) // held open, so that what was checked is what is changed
+	if err != nil {
+		return err
 	}
 	defer unix.Close(fd)
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return err
-	}
-	if st.Uid != 0 {
-		return fmt.Errorf("belongs to user %d, want root", st.Uid)
-	}
-	if st.Mode&0o7777 == 0o700 {
-		return nil
-	}
 	return unix.Fchmod(fd, 0o700)
 }
 

@@ -176,6 +176,11 @@ func (c *config) observe(ctx context.Context, path string, how int, look func(pa
 		return c.wrong("run_dir", "%q: %w", c.RunDir, err)
 	}
 	defer join(&err, lock.Close)
+	if how != toLook {
+		if err := c.checkPlace(); err != nil {
+			return err
+		}
+	}
 	snapshots, err := overlay.New(c.StateDir, book)
 	if err != nil {
 		return err
@@ -188,7 +193,10 @@ func (c *config) observe(ctx context.Context, path string, how int, look func(pa
 	}
 	if how == toSettle {
 		defer join(&err, images.Close)
-		if err := netns.PrivateMount(c.RunDir); err != nil {
+		if err := c.tighten(); err != nil {
+			return err
+		}
+		if err := c.privateRun(ctx); err != nil {
 			return err
 		}
 	}

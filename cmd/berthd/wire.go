@@ -34,9 +34,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer join(&err, book.Close)
-	lock, err := lockDir(ctx, c.RunDir)
+	lock, err := c.claim(ctx)
 	if err != nil {
-		return c.wrong("run_dir", "%q: %w", c.RunDir, err)
+		return err
 	}
 	defer join(&err, lock.Close)
 	if err := overlay.Supported(c.StateDir); err != nil {
@@ -52,7 +52,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer join(&err, images.Close)
-	if err := netns.PrivateMount(c.RunDir); err != nil {
+	if err := c.privateRun(ctx); err != nil {
 		return err
 	}
 	pins, err := netns.NewPins(filepath.Join(c.RunDir, "ns"))
