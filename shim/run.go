@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -142,26 +143,34 @@ func ListShims(runDir string) (map[string]int, error) {
 		if err != nil {
 			continue
 		}
-		socket, id := shimCommand(name)
-		if id == "" || !strings.HasPrefix(socket, runDir) {
-			continue
-		}
 		// A shim leads its session; what it has just forked does not.
 		if sid, err := unix.Getsid(pid); err != nil || sid != pid {
 			continue
 		}
-		if ns, err := os.Readlink("/proc/" + name + "/ns/mnt"); err == nil && ns == own {
+		if ns, err := os.Readlink("/proc/" + name + "/ns/mnt"); err != nil || ns != own {
+			continue // before its command line, which may take as long as it likes to be read
+		}
+		if socket, id := shimCommand(name); id != "" && strings.HasPrefix(socket, runDir) {
 			shims[id] = pid
 		}
 	}
 	return shims, nil
 }
 
+// maxCommand bounds what is read of a command line, in bytes. A process can make its
+// own as large as its address space (PR_SET_MM_MAP of prctl(2)); a shim's has two paths.
+const maxCommand = 64 << 10
+
 // shimCommand returns the arguments of a process that runs as a shim. Processes
 // end while they are looked at: that is no error.
 func shimCommand(pid string) (socket, id string) {
-	b, err := os.ReadFile("/proc/" + pid + "/cmdline")
+	f, err := os.Open("/proc/" + pid + "/cmdline")
 	if err != nil {
+		return "", ""
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxCommand+1))
+	if err != nil || len(b) > maxCommand {
 		return "", ""
 	}
 	args := strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")
