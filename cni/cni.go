@@ -64,6 +64,8 @@ var (
 var (
 	// ErrOutputTooLarge: a plugin printed more than is read of it.
 	ErrOutputTooLarge = errors.New("output too large")
+	// ErrLocked: host-local's lock was held by somebody else for too long.
+	ErrLocked = errors.New("locked")
 	// ErrBadResult: a plugin's result cannot be understood or used.
 	ErrBadResult = errors.New("bad result")
 )
@@ -142,12 +144,7 @@ func New(cfg Config) (*Network, error) {
 	}
 	run := &runner{mark: cfg.CacheDir}
 	if !cfg.Observe {
-		cleared := make(chan struct{})
-		run.clear = cleared
-		go func() { // it looks at every process of the machine
-			defer close(cleared)
-			killOrphans(cfg.CacheDir)
-		}()
+		run.clear = within(clearLimit, func(ctx context.Context) { killOrphans(ctx, cfg.CacheDir) })
 	}
 	n := &Network{
 		cfg:      cfg,

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -171,25 +172,59 @@ func TestChildrenOfAPluginThatEnded(t *testing.T) {
 	}
 }
 
+// startMarked starts a process as a plugin of the cache directory mark would be.
+func startMarked(t *testing.T, mark string, attr *unix.SysProcAttr) (pid int) {
+	t.Helper()
+	cmd := exec.Command("sleep", "300")
+	cmd.Env = []string{markEnv + "=" + mark}
+	cmd.SysProcAttr = attr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	pid = cmd.Process.Pid
+	eventually(t, "mark of a process", func() bool { // the kernel sets it after Start has seen the exec
+		env, err := readBounded("/proc/"+strconv.Itoa(pid)+"/environ", maxOutput)
+		return err == nil && marked(env, mark)
+	})
+	return pid
+}
+
 func TestOrphans(t *testing.T) {
 	node, other := newNode(t), newNode(t)
-	start := func(mark string, attr *unix.SysProcAttr) *exec.Cmd {
-		cmd := exec.Command("sleep", "300")
-		cmd.Env = []string{markEnv + "=" + mark}
-		cmd.SysProcAttr = attr
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-		return cmd
-	}
-	ours := start(node.cfg.CacheDir, &unix.SysProcAttr{Setpgid: true})
-	daemon := start(node.cfg.CacheDir, &unix.SysProcAttr{Setsid: true})
-	theirs := start(other.cfg.CacheDir, &unix.SysProcAttr{Setpgid: true})
+	ours := startMarked(t, node.cfg.CacheDir, &unix.SysProcAttr{Setpgid: true})
+	daemon := startMarked(t, node.cfg.CacheDir, &unix.SysProcAttr{Setsid: true})
+	theirs := startMarked(t, other.cfg.CacheDir, &unix.SysProcAttr{Setpgid: true})
 	node.start()
-	eventually(t, "orphan gone", func() bool { return gone(ours.Process.Pid) })
-	if gone(daemon.Process.Pid) || gone(theirs.Process.Pid) {
+	eventually(t, "orphan gone", func() bool { return gone(ours) })
+	if gone(daemon) || gone(theirs) {
 		t.Error("a daemon, or a plugin of another cache directory, was killed")
+	}
+}
+
+// TestOrphansTooLate: once new plugins may run, nobody is killed as an old one.
+func TestOrphansTooLate(t *testing.T) {
+	mark := t.TempDir()
+	startMarked(t, mark, &unix.SysProcAttr{Setpgid: true})
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if n := killOrphans(over, mark); n != 0 {
+		t.Errorf("%d killed after the end", n)
+	}
+	if n := killOrphans(t.Context(), mark); n != 1 {
+		t.Errorf("%d killed in time, want 1", n)
+	}
+}
+
+// TestSearchThatHangs: plugins do not wait for it for ever.
+func TestSearchThatHangs(t *testing.T) {
+	release := make(chan struct{})
+	defer close(release)
+	<-within(time.Millisecond, func(context.Context) { <-release })
+	ran := false
+	<-within(time.Hour, func(context.Context) { ran = true })
+	if !ran {
+		t.Error("not awaited")
 	}
 }
 

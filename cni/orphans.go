@@ -2,6 +2,7 @@ package cni
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"os"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
 )
 
 const (
@@ -18,7 +20,31 @@ const (
 	// orphanGrace is how long killed orphans are waited for. One that is stuck
 	// in the kernel longer does not hold up the start.
 	orphanGrace = 2 * time.Second
+	// clearLimit is how long new plugins wait for the orphans' end. To look for these
+	// is to read of every process of the machine, which may hang with it.
+	clearLimit = 10 * time.Second
 )
+
+// within starts a search for orphans, and closes the channel when it has ended or its
+// context, which has that limit.
+func within(limit time.Duration, search func(context.Context)) <-chan struct{} {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	ended, over := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		search(ctx)
+	}()
+	go func() {
+		defer cancel()
+		defer close(over)
+		select {
+		case <-ended:
+		case <-ctx.Done():
+			klog.Background().Error(ctx.Err(), "Search for network plugins of an earlier daemon hangs, new ones no longer wait for it", "limit", limit)
+		}
+	}()
+	return over
+}
 
 // killOrphans ends the plugins of an earlier daemon on the same cache directory.
 // That daemon was killed in the middle of a verb; the plugin, in its own process
@@ -30,13 +56,18 @@ const (
 // what a killed one has left.
 //
 // Whoever started a session of its own (a plugin's daemon) is left alone.
-func killOrphans(mark string) (killed int) {
+// It kills nobody after the end of ctx, when new plugins may run that look the same.
+func killOrphans(ctx context.Context, mark string) (killed int) {
 	fds := orphans(mark)
 	if len(fds) == 0 {
 		return 0
 	}
 	awaitEnd(fds, orphanPatience)
 	fds = orphans(mark)
+	if ctx.Err() != nil {
+		awaitEnd(fds, 0)
+		return 0
+	}
 	for _, fd := range fds {
 		if unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil {
 			killed++
@@ -50,12 +81,17 @@ func killOrphans(mark string) (killed int) {
 // which awaitEnd closes.
 func orphans(mark string) (fds []int) {
 	procs, err := os.ReadDir("/proc")
-	if err != nil {
+	own, err2 := os.Readlink("/proc/self/ns/pid")
+	if err != nil || err2 != nil {
 		return nil
 	}
 	for _, p := range procs {
 		pid, err := strconv.Atoi(p.Name())
 		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		// A process in a container can choose how long it takes to read its environment.
+		if ns, err := os.Readlink("/proc/" + p.Name() + "/ns/pid"); err != nil || ns != own {
 			continue
 		}
 		if fd, ok := openIfMarked(pid, mark); ok {

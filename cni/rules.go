@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 )
 
 // The rules of iptables that the plugins bridge (masquerading) and portmap make bear
@@ -27,6 +28,9 @@ var ruleID = regexp.MustCompile(`\b[0-9a-f]{64}\b`)
 
 // maxRules bounds the text of all rules of a family in bytes.
 const maxRules = 64 << 20
+
+// saveLimit is how long the printing of the rules of a family may take.
+const saveLimit = 10 * time.Second
 
 // rule is a line of iptables-save that makes one.
 type rule struct {
@@ -49,7 +53,7 @@ func (n *Network) rules(ctx context.Context) ([]Trace, error) {
 			}
 		}
 		for _, id := range slices.Sorted(maps.Keys(byID)) {
-			out = append(out, Trace{PodID: id, Kind: "iptables", What: f.name + ": " + places(byID[id]),
+			out = append(out, Trace{PodID: id, Kind: TraceRules, What: f.name + ": " + places(byID[id]),
 				Remove: func(ctx context.Context) error { return n.dropRules(ctx, i, id) }})
 		}
 	}
@@ -73,7 +77,10 @@ func savedRules(ctx context.Context, save string) ([]rule, error) {
 	if err != nil {
 		return nil, nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, saveLimit)
+	defer cancel()
 	cmd := exec.CommandContext(ctx, path)
+	cmd.WaitDelay = pipeGrace
 	out, errOut := &boundedBuffer{limit: maxRules}, &boundedBuffer{limit: maxDiagnostic}
 	cmd.Stdout, cmd.Stderr = out, errOut
 	if err := cmd.Run(); err != nil {
@@ -164,6 +171,7 @@ func (n *Network) dropRules(ctx context.Context, family int, id string) error {
 		return errors.Join(detached, fmt.Errorf("rules: %w", err))
 	}
 	cmd := exec.CommandContext(ctx, path, "--noflush", "--wait", "5")
+	cmd.WaitDelay = pipeGrace
 	cmd.Stdin = strings.NewReader(script)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return errors.Join(detached, fmt.Errorf("%s: %w: %s", f.restore, err, clip(string(out))))
