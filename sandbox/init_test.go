@@ -53,6 +53,11 @@ func TestSweepInits(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	s.noted = map[string]bool{newID(): true} // a pod that may run any of them
+	if dirs, err := s.staleInits(); len(dirs) > 0 || err != nil {
+		t.Errorf("with a pod that only its note tells of: %q, %v", dirs, err)
+	}
+	s.noted = nil
 	config := filepath.Join(s.bundleDir(id), "config.json")
 	for _, tc := range []struct {
 		text, want string

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -29,9 +30,11 @@ const (
 // runtime may have made since.
 const resweepAfter = 2 * time.Second
 
-// sweepNetworkLimit bounds the sweep of the network, and sweepLimit that of one
-// thing: the janitor has other work.
+// sweepLookLimit bounds the search for what there is to sweep, sweepNetworkLimit the
+// sweep of the network, from the first thing that is the network's, and sweepLimit
+// that of one thing: the janitor has other work.
 const (
+	sweepLookLimit    = 30 * time.Second
 	sweepNetworkLimit = 20 * time.Second
 	sweepLimit        = 30 * time.Second
 )
@@ -101,13 +104,33 @@ func (s *Service) janitor(ctx context.Context) {
 			continue
 		}
 		// Not at once: whatever failed would most likely fail again.
-		select {
-		case <-ctx.Done():
+		if !s.rest(ctx, pause) {
 			return
-		case <-time.After(pause):
 		}
 		pause = min(2*pause, janitorMax)
 	}
+}
+
+// rest pauses the janitor, and ends early when there is something new to do, but not
+// before janitorFirst. What failed has said so meanwhile, and must not wake it. It is
+// false when ctx has ended.
+func (s *Service) rest(ctx context.Context, pause time.Duration) bool {
+	select {
+	case <-s.wake:
+	default:
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(janitorFirst):
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-s.wake:
+	case <-time.After(pause - janitorFirst):
+	}
+	return true
 }
 
 // finish tries every destroy and stop that is due, and tells whether some are
@@ -197,23 +220,34 @@ func (s *Service) forgetRebuild() {
 }
 
 // sweep removes what is there and is not in the book, has the network plugins do so,
-// and removes what else nobody needs.
+// and removes what else nobody needs. The error is about what could not be removed;
+// what could not be looked at is only logged, as it would not look different soon.
 func (s *Service) sweep(ctx context.Context) error {
 	o, end := s.ops.show("sweep", "")
 	defer end()
 	s.sweepMu.Lock()
 	defer s.sweepMu.Unlock()
 	o.enter("look")
-	found, err := s.leftovers(ctx)
-	errs := []error{err}
-	network, cancel := context.WithTimeout(ctx, sweepNetworkLimit)
-	defer cancel()
+	log := klog.FromContext(ctx)
+	look, looked := context.WithTimeout(ctx, sweepLookLimit)
+	found, err := s.leftovers(look)
+	looked()
+	if err != nil && ctx.Err() == nil {
+		log.Error(err, "Sweep: not everything could be looked at")
+	}
+	var errs []error
+	done := func() {}
+	defer func() { done() }()
+	network := sync.OnceValue(func() (c context.Context) {
+		c, done = context.WithTimeout(ctx, sweepNetworkLimit)
+		return c
+	})
 	for _, f := range found {
-		klog.FromContext(ctx).Info("Sweeping what nobody owns", "kind", f.Kind, "id", f.ID, "what", f.What)
+		log.Info("Sweeping what nobody owns", "kind", f.Kind, "id", f.ID, "what", f.What)
 		o.enter(f.Kind + " " + f.ID)
 		of := ctx
-		if f.Kind == kindAttachment {
-			of = network
+		if slices.Contains(networkKinds, f.Kind) {
+			of = network()
 		}
 		one, cancel := context.WithTimeout(of, sweepLimit)
 		errs = append(errs, f.Mend(one))
@@ -221,7 +255,7 @@ func (s *Service) sweep(ctx context.Context) error {
 	}
 	// What is attached from here on the network keeps by itself (cni.Network.GC).
 	o.enter("network plugins")
-	errs = append(errs, s.collectNetwork(network))
+	errs = append(errs, s.collectNetwork(network()))
 	o.enter("files")
 	if !s.lostSnapshots() || s.layersKnown(ctx) { // else forgetRebuild will
 		errs = append(errs, s.cleanSnapshots(ctx))
@@ -280,7 +314,12 @@ func (s *Service) sweepInits() error {
 	return errors.Join(errs...)
 }
 
+// staleInits are none while pods are known by their notes only: those do not name
+// their inits.
 func (s *Service) staleInits() (dirs []string, err error) {
+	if len(s.noted) > 0 {
+		return nil, nil
+	}
 	dir := filepath.Dir(s.initDir)
 	all := names(dir) // before the rows: a daemon makes one for itself, and pods use it
 	used := map[string]bool{filepath.Base(s.initDir): true}

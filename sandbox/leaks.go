@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -30,6 +31,13 @@ var ErrUnsettled = errors.New("the book was begun anew and no berthd has started
 
 // kindAttachment is the kind of what the network plugins have to release.
 const kindAttachment = "attachment"
+
+// networkKinds are the kinds of findings whose removal runs network plugins.
+var networkKinds = []string{kindAttachment, cni.TraceAddress, cni.TraceRules}
+
+// maxCommand bounds what is read of a command line, in bytes. A process can make its
+// own as large as its address space (PR_SET_MM_MAP of prctl(2)).
+const maxCommand = 64 << 10
 
 const (
 	whyUnknown = "its ID is not in the book"
@@ -239,7 +247,16 @@ func (l *leftovers) runtimes(context.Context) error {
 		return err
 	}
 	for _, name := range names("/proc") {
-		text, err := os.ReadFile("/proc/" + name + "/cmdline")
+		pid, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		// A process in a container can choose its command line, how large that is and
+		// how long it takes to read it, but not this.
+		if ns, err := os.Readlink("/proc/" + name + "/ns/pid"); err != nil || ns != own {
+			continue
+		}
+		text, err := commandLine(pid)
 		args := strings.Split(string(text), "\x00")
 		i := slices.Index(args, "--root")
 		if err != nil || i < 0 || i+1 >= len(args) {
@@ -250,11 +267,7 @@ func (l *leftovers) runtimes(context.Context) error {
 		if at < 0 || last < 0 {
 			continue
 		}
-		// A process in a container can choose its command line, but not this.
-		if ns, err := os.Readlink("/proc/" + name + "/ns/pid"); err != nil || ns != own {
-			continue
-		}
-		id, pid := args[last], atoi(name)
+		id := args[last]
 		if filepath.Dir(roots[at].root) == filepath.Join(l.s.cfg.RunDir, "oci") || l.ours(id) {
 			l.add("runtime", id, fmt.Sprintf("process %d: %s", pid, clip(strings.Join(args, " "))), whyUnknown, processStart(pid),
 				func(context.Context) error { return killCommand(pid, text) })
@@ -270,7 +283,7 @@ func (l *leftovers) directories(context.Context) error {
 	}{
 		{"socket", filepath.Join(l.s.cfg.RunDir, "s"), func(id string) error { return os.RemoveAll(l.s.socket(id)) }},
 		{"bundle", filepath.Join(l.s.cfg.RunDir, "c"), l.s.removeBundle},
-		{"container state", filepath.Join(l.s.cfg.StateDir, "containers"), func(id string) error { return os.RemoveAll(l.s.stateDir(id)) }},
+		{"container state", filepath.Join(l.s.cfg.StateDir, "containers"), func(id string) error { return removeUnmounted(l.s.stateDir(id)) }},
 	} {
 		l.each(d.kind, d.dir, d.mend)
 	}
@@ -381,6 +394,23 @@ func unmountAll(path string) error {
 			return fmt.Errorf("unmount %s: %w", path, err)
 		}
 	}
+}
+
+// removeUnmounted removes a directory with all that is in it, but not what somebody has
+// mounted there: that it unmounts first.
+func removeUnmounted(dir string) error {
+	points, err := mountPoints()
+	if err != nil {
+		return fmt.Errorf("remove %s: mounts: %w", dir, err)
+	}
+	for _, m := range slices.Backward(points) {
+		if m.point == dir || strings.HasPrefix(m.point, dir+"/") {
+			if err := unmountAll(m.point); err != nil {
+				return err
+			}
+		}
+	}
+	return os.RemoveAll(dir)
 }
 
 func (l *leftovers) attachments(context.Context) error {

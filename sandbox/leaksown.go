@@ -132,6 +132,12 @@ func processStart(pid int) time.Time {
 	return time.Now().Add(time.Duration(ticks)*(time.Second/100) - time.Duration(up.Nano())).Round(time.Second)
 }
 
+// commandLine is what a process was started with, each argument ended by a NUL; nothing
+// of a process that has ended, and an error for one longer than maxCommand.
+func commandLine(pid int) ([]byte, error) {
+	return readBounded("/proc/"+strconv.Itoa(pid)+"/cmdline", maxCommand)
+}
+
 // killCommand kills a process unless its number was given to another one since its
 // command line was read.
 func killCommand(pid int, cmdline []byte) error {
@@ -143,7 +149,7 @@ func killCommand(pid int, cmdline []byte) error {
 		return fmt.Errorf("process %d: %w", pid, err)
 	}
 	defer unix.Close(fd)
-	now, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cmdline")
+	now, err := commandLine(pid)
 	if err != nil || !bytes.Equal(now, cmdline) {
 		return nil // it has ended
 	}
@@ -151,13 +157,4 @@ func killCommand(pid int, cmdline []byte) error {
 		return fmt.Errorf("process %d: %w", pid, err)
 	}
 	return nil
-}
-
-// atoi is the number that a name of /proc is, 0 for none.
-func atoi(name string) int {
-	n, err := strconv.Atoi(name)
-	if err != nil {
-		return 0
-	}
-	return n
 }

@@ -274,10 +274,13 @@ func (s *Service) Info() map[string]string {
 	return map[string]string{"sandbox": string(text)}
 }
 
-// opsInfo is the form of operations under way in Info.
+// opsInfo is the form of operations under way in Info. Work in the background is none.
 func opsInfo(list []Op) []map[string]string {
 	out := make([]map[string]string, 0, len(list))
 	for _, o := range list {
+		if o.Background {
+			continue
+		}
 		out = append(out, map[string]string{"verb": o.Verb, "object": o.Object, "step": o.Step,
 			"age": o.Age.Round(time.Millisecond).String(), "stepAge": o.StepAge.Round(time.Millisecond).String()})
 	}

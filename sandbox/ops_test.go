@@ -222,7 +222,7 @@ type wrapped struct{ error }
 func (w *wrapped) Unwrap() error { return w.error }
 
 func TestOpsInfo(t *testing.T) {
-	got := opsInfo([]Op{{Verb: "create container", Object: "p/c/0", Step: "launch", Age: 1234567 * time.Microsecond, StepAge: 400 * time.Microsecond}})
+	got := opsInfo([]Op{{Verb: "sweep", Step: "look", Background: true}, {Verb: "create container", Object: "p/c/0", Step: "launch", Age: 1234567 * time.Microsecond, StepAge: 400 * time.Microsecond}})
 	want := map[string]string{"verb": "create container", "object": "p/c/0", "step": "launch", "age": "1.235s", "stepAge": "0s"}
 	if len(got) != 1 || !maps.Equal(got[0], want) {
 		t.Errorf("%v, want %v", got, want)
