@@ -126,7 +126,7 @@ type Network struct {
 
 // New checks cfg and reads the configuration. A node without one is no error:
 // Ready tells. Plugins that an earlier daemon left running on CacheDir are ended
-// meanwhile, before the first new one runs.
+// meanwhile, before the first new one runs, if they can be found in ten seconds.
 func New(cfg Config) (*Network, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {

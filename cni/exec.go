@@ -74,8 +74,9 @@ func (e *PluginError) Unwrap() error { return e.Err }
 type runner struct {
 	version.PluginDecoder
 	mark string // value of markEnv
-	// clear is closed when no plugin of an earlier daemon runs any more; nil is
-	// such a channel. A new one could not be told from those before that.
+	// clear is closed when no plugin of an earlier daemon runs any more, or the search
+	// for them has taken clearLimit; nil is such a channel. A new one could not be told
+	// from those before that.
 	clear <-chan struct{}
 }
 
