@@ -17,6 +17,7 @@ import (
 // configuration and the daemon at its head.
 func TestCheckup(t *testing.T) {
 	dir := t.TempDir()
+	t.Setenv("TMPDIR", t.TempDir())
 	for text, want := range map[string]api.Level{
 		fmt.Sprintf("state_dir = %q\nrun_dir = %q\n", filepath.Join(dir, "s"), "/run/berth-test-none"): api.LevelOK,
 		"nonsense = 1\n": api.LevelError,

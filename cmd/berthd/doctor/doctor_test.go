@@ -123,6 +123,8 @@ func TestPrograms(t *testing.T) {
 }
 
 func TestNetwork(t *testing.T) {
+	// Of its own: tests of other packages look, too, at the same time.
+	t.Setenv("TMPDIR", t.TempDir())
 	bin, conf := t.TempDir(), t.TempDir()
 	network := cni.Config{ConfDir: conf, BinDirs: []string{bin}}
 	look := func() checks {
