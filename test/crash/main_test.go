@@ -144,7 +144,7 @@ func (r *rig) warm() {
 // nothingLeft removes all pods and reports what remains.
 func (r *rig) nothingLeft() {
 	r.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	left, err := r.Clean(ctx, r.before)
 	for _, l := range left {

@@ -225,7 +225,7 @@ func (n *Node) Clean(ctx context.Context, before Marks) ([]string, error) {
 	if err := c.DestroyAll(ctx, true); err != nil {
 		return nil, err
 	}
-	left, err := n.Settle(ctx, before, 5*time.Second)
+	left, err := n.Settle(ctx, before, 30*time.Second)
 	if err != nil {
 		return left, err
 	}
