@@ -70,10 +70,10 @@ type clock struct {
 // set sets the clock while a stop, a command and the start of a pod are under way.
 func (c *clock) set(offset int64) {
 	c.Helper()
-	id := c.launch(c.pod, c.cfg, "graceful", "sh", "-c", "trap 'sleep 1; exit 9' TERM; touch /tmp/ready; while :; do sleep 0.05; done")
+	id := c.launch(c.pod, c.cfg, "graceful", "sh", "-c", "trap 'until [ -e /dev/shm/set ]; do sleep 0.05; done; sleep 1; exit 9' TERM; touch /tmp/ready; while :; do sleep 0.05; done")
 	c.until("trap", func() bool { return strings.Contains(c.exec(id, "ls /tmp"), "ready") })
 	command := call(func() error {
-		_, err := c.client.ExecSync(c.ctx, &runtime.ExecSyncRequest{ContainerId: c.stays, Cmd: []string{"sh", "-c", "touch /tmp/began; sleep 1.5"}, Timeout: 120})
+		_, err := c.client.ExecSync(c.ctx, &runtime.ExecSyncRequest{ContainerId: c.stays, Cmd: []string{"sh", "-c", "touch /tmp/began; until [ -e /dev/shm/set ]; do sleep 0.05; done; sleep 1"}, Timeout: 120})
 		return err
 	})
 	c.until("command", func() bool { return strings.Contains(c.exec(c.stays, "ls /tmp"), "began") })
@@ -84,10 +84,13 @@ func (c *clock) set(offset int64) {
 	c.until("stop", func() bool { return strings.Contains(strings.Join(c.operations(), ", "), "stop container") })
 	c.offset = offset
 	c.must(node.SetClock(c.file, offset))
+	set := filepath.Join(c.RunDir, "pods", c.pod, "shm", "set")
+	c.must(os.WriteFile(set, nil, 0o644))
 	if err := <-command; err != nil {
 		c.Errorf("a command over a change of the clock by %d s: %v", offset, err)
 	}
 	c.must(<-stop)
+	c.must(os.Remove(set))
 	st := c.state(id)
 	if st.ExitCode != 9 {
 		c.Errorf("killed before its time was up: exit code %d after a change of the clock to %d s", st.ExitCode, offset)

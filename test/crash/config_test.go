@@ -220,12 +220,14 @@ func TestRuntimeHangs(t *testing.T) {
 	r, _ := handlerNode(t, fmt.Sprintf("[runtimes.stuck]\npath = %q\n", stuck))
 	_, err := r.client.Status(r.ctx, &runtime.StatusRequest{}) // waits until the first probe is given up
 	r.must(err)
-	for range 20 {
+	const asked = 20
+	slow := 0 // a busy machine makes some slow, a wait for the runtime all
+	for range asked {
 		begun := time.Now()
 		st, err := r.client.Status(r.ctx, &runtime.StatusRequest{Verbose: true})
 		r.must(err)
-		if d := time.Since(begun); d > time.Second {
-			t.Errorf("Status took %v", d)
+		if time.Since(begun) > time.Second {
+			slow++
 		}
 		features := map[string]bool{}
 		for _, h := range st.RuntimeHandlers {
@@ -237,6 +239,9 @@ func TestRuntimeHangs(t *testing.T) {
 		if !strings.Contains(st.Info["sandbox"], "stuck") {
 			t.Errorf("info %s", st.Info["sandbox"])
 		}
+	}
+	if slow > asked/2 {
+		t.Errorf("%d of %d calls of Status took more than a second", slow, asked)
 	}
 	r.runWith("second", "well")
 	cfg := r.podConfig("stuck")

@@ -1,6 +1,7 @@
 package crash
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"os"
@@ -271,7 +272,7 @@ func TestPidsLimitOfPod(t *testing.T) {
 	r.setPidsLimit(dir, "1")
 	new := node.ContainerConfig("new", refs[images.Busybox], "sleep", "300")
 	_, err = r.client.CreateContainer(r.ctx, &runtime.CreateContainerRequest{PodSandboxId: pod, Config: new, SandboxConfig: cfg})
-	r.names("create", err, "has 1 of at most 1 processes")
+	r.names("create", err, "of at most 1 processes")
 	left, err := r.Settle(r.ctx, before, 20*time.Second)
 	r.must(err)
 	for _, l := range left {
@@ -302,12 +303,13 @@ func TestNoProcesses(t *testing.T) {
 	r.must(err)
 	r.setPidsLimit(group, strings.TrimSpace(string(count)))
 	_, err = r.client.Run(r.ctx, r.podConfig("late"))
-	if r.endedSoon() {
-		t.Log("Go could not do without another thread: berthd has ended")
+	if r.survives() {
+		r.names("run", err, "resource temporarily unavailable", "OS thread", "bridge", "connection")
 	} else {
-		r.names("run", err, "resource temporarily unavailable", "OS thread", "bridge", "connection", "error reading from server")
+		t.Log("Go could not do without another thread: berthd has ended")
 	}
 	r.setPidsLimit(group, "max")
+	r.survives() // or has ended since
 	r.revive()
 	if st := r.state(id); st.State != running {
 		t.Errorf("container is %v", st.State)
@@ -315,15 +317,19 @@ func TestNoProcesses(t *testing.T) {
 	r.works("enough")
 }
 
-// endedSoon gives berthd a moment to end, and tells whether it did.
-func (r *rig) endedSoon() bool {
-	for range 50 {
+// survives waits until berthd answers or has ended, and tells which it is.
+func (r *rig) survives() bool {
+	r.Helper()
+	r.until("answer or end of berthd", func() bool {
 		if r.Ended() {
 			return true
 		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	return false
+		ctx, cancel := context.WithTimeout(r.ctx, 10*time.Second)
+		defer cancel()
+		_, err := r.client.Version(ctx, &runtime.VersionRequest{})
+		return err == nil
+	})
+	return !r.Ended()
 }
 
 // pidsGroup makes a cgroup of the test's own that counts processes, for berthd
