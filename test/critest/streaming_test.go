@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -259,7 +260,7 @@ func TestStreamExecBackgroundChild(t *testing.T) {
 		if code != 0 || !strings.HasSuffix(out, "\n4999\n5000\n") {
 			t.Errorf("code %d, output ends %q", code, out[max(0, len(out)-20):])
 		}
-		if d := time.Since(begin); d > 5*time.Second {
+		if d := time.Since(begin); d > 30*time.Second {
 			t.Errorf("took %v", d)
 		}
 	}
@@ -286,17 +287,15 @@ func TestStreamUnread(t *testing.T) {
 	defer unread.Close()
 	reader := c.attach(stream.SPDY, o)
 	reader.sees("line ")
-	lines := strings.Count(c.text(), "\n")
 	time.Sleep(time.Second)
-	if now := strings.Count(c.text(), "\n"); now < lines+100 {
-		t.Errorf("log grew by %d lines in a second", now-lines)
-	}
+	lines := strings.Count(c.text(), "\n")
+	b.until("growing log", func() bool { return strings.Count(c.text(), "\n") >= lines+100 })
 	if _, out, _ := c.stream(stream.SPDY, false, "echo", "hello").wait(); out != "hello\n" {
 		t.Errorf("another exec: %q", out)
 	}
 	begin := time.Now()
 	c.stop(1)
-	if d := time.Since(begin); d > 6*time.Second {
+	if d := time.Since(begin); d > time.Minute {
 		t.Errorf("stop took %v", d)
 	}
 	reader.wait()
@@ -317,13 +316,18 @@ func TestStreamAttachSlow(t *testing.T) {
 	defer slow.Close()
 	_, err = io.WriteString(slow.In, "\n")
 	b.must(err)
-	if st := c.wait(); st.ExitCode != 3 {
-		t.Errorf("exit code %d, want 3", st.ExitCode)
+	// A log that has grown past what the client, its connection and berthd hold tells
+	// that it was cut off. It does not wait for the end: it has half a minute to learn why.
+	for fi, err := os.Stat(c.log); err != nil || fi.Size() < size+size/4; fi, err = os.Stat(c.log) {
+		b.must(b.ctx.Err())
+		time.Sleep(10 * time.Millisecond)
 	}
-	// At once: it has half a minute to learn why.
 	n, _ := io.Copy(io.Discard, slow.Out)
 	if _, err := slow.Wait(); err == nil || !strings.Contains(err.Error(), "too slowly") || n >= size {
 		t.Errorf("after %d of %d bytes: %v, want to be told", n, size, err)
+	}
+	if st := c.wait(); st.ExitCode != 3 {
+		t.Errorf("exit code %d, want 3", st.ExitCode)
 	}
 	if n := len(c.text()); n != size {
 		t.Errorf("log has %d bytes of output, want %d", n, size)
