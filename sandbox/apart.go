@@ -58,11 +58,17 @@ type crowd struct {
 }
 
 func (c crowd) enter() (done func(), err error) {
+	done = func() { <-c.in }
+	select {
+	case c.in <- struct{}{}:
+		return done, nil
+	default: // so that a place that is free is taken, however late this goroutine is
+	}
 	timeout := time.NewTimer(c.patience)
 	defer timeout.Stop()
 	select {
 	case c.in <- struct{}{}:
-		return func() { <-c.in }, nil
+		return done, nil
 	case <-timeout.C:
 		return nil, fmt.Errorf("%w: %d looks, the limit, wait for volumes that do not answer", ErrBusy, cap(c.in))
 	}
