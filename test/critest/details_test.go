@@ -132,7 +132,7 @@ func TestStopUnkillable(t *testing.T) {
 	}()
 	begin := time.Now()
 	beside.stop(0)
-	if d := time.Since(begin); d > 8*time.Second {
+	if d := time.Since(begin); d > time.Minute {
 		t.Errorf("the stop of another container took %v", d)
 	}
 	if st := c.status(); st.State != runtime.ContainerState_CONTAINER_RUNNING {
