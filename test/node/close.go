@@ -114,7 +114,7 @@ func (n *Node) dropRules(ctx context.Context) error {
 
 // killProcesses kills what still runs for this node, and waits for the end.
 func (n *Node) killProcesses() error {
-	for range 100 {
+	for range 1000 {
 		m := Marks{}
 		if err := n.processes(m, n.ids.list()); err != nil {
 			return err
@@ -154,7 +154,7 @@ func killIn(dir string) error {
 // removeCgroup removes an empty cgroup; the last killed process needs a moment.
 func removeCgroup(dir string) error {
 	var err error
-	for range 100 {
+	for range 2000 {
 		if err = unix.Rmdir(dir); err == nil || errors.Is(err, unix.ENOENT) {
 			return nil
 		}
@@ -189,7 +189,7 @@ func (n *Node) unmount() error {
 // Rows returns the keys of all rows of the book as "table/key", without the
 // book's own bookkeeping. berthd must not run.
 func (n *Node) Rows() ([]string, error) {
-	db, err := bbolt.Open(filepath.Join(n.StateDir, "book.db"), 0o600, &bbolt.Options{ReadOnly: true, Timeout: time.Second})
+	db, err := bbolt.Open(filepath.Join(n.StateDir, "book.db"), 0o600, &bbolt.Options{ReadOnly: true, Timeout: 20 * time.Second})
 	if err != nil {
 		return nil, fmt.Errorf("book: %w", err)
 	}
