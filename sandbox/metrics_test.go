@@ -3,6 +3,7 @@ package sandbox
 import (
 	"net"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -139,21 +140,60 @@ func TestMetricsOfLittle(t *testing.T) {
 }
 
 func TestCountProcesses(t *testing.T) {
-	before := countProcesses([]int{os.Getpid()}, os.Getpid())
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
+	socket, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
 	f, err := os.Open("/dev/null")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	now := countProcesses([]int{os.Getpid(), 1 << 30}, os.Getpid())
-	if now.files < before.files+2 || now.sockets != before.sockets+1 || now.openFiles == nil || *now.openFiles == 0 {
+	few, more := mustEcho(t), mustEcho(t, socket, f)
+	before := countProcesses([]int{few}, few)
+	now := countProcesses([]int{more, 1 << 30}, more)
+	if now.files != before.files+2 || now.sockets != before.sockets+1 || now.openFiles == nil || *now.openFiles == 0 {
 		t.Errorf("got %+v after %+v", now, before)
 	}
+}
+
+// mustEcho starts a process with files that nobody opens or closes any more: of this one
+// the other tests' goroutines may.
+func mustEcho(t *testing.T, files ...*os.File) (pid int) {
+	t.Helper()
+	cmd := exec.Command("cat")
+	cmd.ExtraFiles = files
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		in.Close() // which ends it
+		if err := cmd.Wait(); err != nil {
+			t.Error(err)
+		}
+	})
+	// What it answers has been loaded, and all that it opened for that is closed.
+	if _, err := in.Write([]byte{'\n'}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	return cmd.Process.Pid
 }
 
 func TestOpenFilesLimit(t *testing.T) {
