@@ -107,6 +107,9 @@ func (n *Node) files(m Marks, _ []string) error {
 			if path == filepath.Join(root, "init") {
 				return fs.SkipDir // whatever berthd runs has its own there
 			}
+			if path == filepath.Join(root, "place.json") {
+				return nil // likewise, since the version that writes it
+			}
 			m["file: "+path] = true
 			rel, err := filepath.Rel(root, path)
 			if err == nil && d.IsDir() && strings.Count(rel, "/")+1 >= depth {

@@ -3,11 +3,13 @@ package stream
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"strconv"
 	"sync/atomic"
+	"syscall"
 
 	"golang.org/x/net/websocket"
 	"k8s.io/streaming/pkg/httpstream"
@@ -40,7 +42,7 @@ func dialSPDY(ctx context.Context, url string, o Options) (*Session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Session{close: conn.Close}
+	s := &Session{close: func() error { return ignoreGone(conn.Close()) }}
 	open := func(kind string, wanted bool) httpstream.Stream {
 		if !wanted || err != nil {
 			return nil
@@ -100,7 +102,16 @@ func DialTunnel(ctx context.Context, url string) (*Forward, error) {
 }
 
 // Close drops the connection with all that go through it.
-func (f *Forward) Close() error { return f.conn.Close() }
+func (f *Forward) Close() error { return ignoreGone(f.conn.Close()) }
+
+// ignoreGone is for the end of a connection: SPDY announces it, and the other side may
+// have closed first.
+func ignoreGone(err error) error {
+	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
+		return nil
+	}
+	return err
+}
 
 // Open connects to a port. Close of data ends what is sent; fault is what the
 // other side has to say when that fails, to be read to its end.
