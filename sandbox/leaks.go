@@ -14,9 +14,8 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/berthd/berth/cni"
+	"github.com/berthd/berth/cni/netns"
 	"github.com/berthd/berth/shim"
 	"github.com/berthd/berth/snapshotter"
 	"github.com/berthd/berth/store"
@@ -354,7 +353,7 @@ func (l *leftovers) mounts(context.Context) error {
 		parts := strings.Split(rel, "/")
 		shm := parts[0] == "pods" && len(parts) == 3 && parts[2] == dirShm
 		if i := slices.IndexFunc(parts, validID); i >= 0 && parts[0] != "ns" && !shm {
-			l.add("mount", parts[i], m.point, whyUnknown, time.Time{}, func(context.Context) error { return unmountAll(m.point) })
+			l.add("mount", parts[i], m.point, whyUnknown, time.Time{}, func(context.Context) error { return netns.UnmountAll(m.point) })
 		}
 	}
 	return err
@@ -383,19 +382,6 @@ func mountPoints() ([]mount, error) {
 	return out, sc.Err()
 }
 
-// unmountAll unmounts what is mounted on a path, which may be several.
-func unmountAll(path string) error {
-	for {
-		err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("unmount %s: %w", path, err)
-		}
-	}
-}
-
 // removeUnmounted removes a directory with all that is in it, but not what somebody has
 // mounted there: that it unmounts first.
 func removeUnmounted(dir string) error {
@@ -404,8 +390,8 @@ func removeUnmounted(dir string) error {
 		return fmt.Errorf("remove %s: mounts: %w", dir, err)
 	}
 	for _, m := range slices.Backward(points) {
-		if m.point == dir || strings.HasPrefix(m.point, dir+"/") {
-			if err := unmountAll(m.point); err != nil {
+		if within(m.point, dir) {
+			if err := netns.UnmountAll(m.point); err != nil {
 				return err
 			}
 		}

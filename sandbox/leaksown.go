@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/berthd/berth/cni/netns"
 	"github.com/berthd/berth/snapshotter"
 	"github.com/berthd/berth/store"
 )
@@ -52,7 +53,7 @@ func (s *Service) layerMounts() ([]store.Finding, error) {
 		f := store.Finding{Kind: "mount", What: m.point}
 		for _, dir := range []string{"layers", "snapshots", "containers"} {
 			if strings.HasPrefix(m.point, filepath.Join(s.cfg.StateDir, dir)+"/") {
-				f.Why, f.Mend = "nothing is mounted there by berth", func(context.Context) error { return unmountAll(m.point) }
+				f.Why, f.Mend = "nothing is mounted there by berth", func(context.Context) error { return netns.UnmountAll(m.point) }
 			}
 		}
 		if f.Why == "" && m.kind == "overlay" && strings.Contains(m.options, "dir="+s.cfg.StateDir+"/") {

@@ -11,6 +11,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/berthd/berth/cni/netns"
 )
 
 // A pod's files live in <run dir>/pods/<id>: hosts, hostname and resolv.conf, as
@@ -91,15 +93,8 @@ func (s *Service) writePodFile(p *pod, name string, text []byte) error {
 
 // removePodFiles removes the pod's directory and what is mounted in it.
 func (s *Service) removePodFiles(id string) error {
-	shm := s.podFile(id, dirShm)
-	for {
-		err := unix.Unmount(shm, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-			break
-		}
-		if err != nil {
-			return fmt.Errorf("unmount %s: %w", shm, err)
-		}
+	if err := netns.UnmountAll(s.podFile(id, dirShm)); err != nil {
+		return err
 	}
 	return os.RemoveAll(s.podDir(id))
 }

@@ -68,3 +68,17 @@ func allowExec(dir string) error {
 	}
 	return unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_BIND|keep, "")
 }
+
+// UnmountAll unmounts what is mounted on a path, which may be several on top of each
+// other. That nothing is, or that there is no such path, is no error.
+func UnmountAll(path string) error {
+	for {
+		err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("unmount %s: %w", path, err)
+		}
+	}
+}

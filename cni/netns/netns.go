@@ -226,15 +226,8 @@ func (p *Pins) Destroy(id string) error {
 // of it, which private propagation keeps our unmount away from. Unlinking the
 // mount point detaches those copies too.
 func unpin(path string) error {
-	for {
-		err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-		if err == nil {
-			continue // mounts may be stacked
-		}
-		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-			break // no (more) mount there
-		}
-		return fmt.Errorf("unmount %s: %w", path, err)
+	if err := UnmountAll(path); err != nil {
+		return err
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
