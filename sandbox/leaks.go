@@ -95,14 +95,7 @@ func (s *Service) rowLeaks() []store.Finding {
 	// First the rows, then the operations, then the rows again: what is made or
 	// removed now is either in operation or has changed.
 	v := s.book.view()
-	add := func(kind, id string, created int64, busy bool, state State, failure string, mend func(context.Context) error) {
-		why := "its removal was begun and has not succeeded: " + cmp.Or(failure, "the daemon ended in between")
-		switch state {
-		case StateCreating:
-			why = "it was not made to the end, and no operation is at it"
-		case stateOrphan:
-			why = "its pod is not in the book"
-		}
+	add := func(kind, id, why string, created int64, busy bool, mend func(context.Context) error) {
 		if !busy {
 			found = append(found, store.Finding{Kind: "row", ID: id, What: kind, Why: why, Since: time.Unix(0, created), Mend: mend})
 		}
@@ -113,37 +106,30 @@ func (s *Service) rowLeaks() []store.Finding {
 		}
 		busy := s.ops.active("run pod", podKey(p.config)) || s.ops.active("remove pod", id) || s.ops.active("stop pod", id)
 		now := s.book.view().pods[id]
-		add("pod", id, p.Created, busy || now == nil || now.Rev != p.Rev, unlistedAs(p.State, p.Removing), p.Failure,
+		add("pod", id, whyUnlisted(p.Removing, p.Failure), p.Created, busy || now == nil || now.Rev != p.Rev,
 			func(ctx context.Context) error { return s.destroyPodOp(ctx, id) })
 	}
 	for id, c := range v.containers {
-		orphan := v.pods[c.PodID] == nil
-		if c.listed() && !orphan {
+		why := "its pod is not in the book"
+		if !c.listed() {
+			why = whyUnlisted(c.Removing, c.Failure)
+		} else if v.pods[c.PodID] != nil {
 			continue
 		}
 		busy := s.ops.active("create container", containerKey(c.PodID, c.config)) || s.ops.active("remove container", id) || s.ops.active("remove pod", c.PodID)
 		now := s.book.view().containers[id]
-		state := unlistedAs(c.State, c.Removing)
-		if c.listed() {
-			state = stateOrphan
-		}
-		add("container", id, c.Created, busy || now == nil || now.Rev != c.Rev, state, c.Failure,
+		add("container", id, why, c.Created, busy || now == nil || now.Rev != c.Rev,
 			func(ctx context.Context) error { return s.destroyContainerOp(ctx, id) })
 	}
 	return found
 }
 
-// What rowLeaks tells apart, beside StateCreating.
-const (
-	stateOrphan  State = "orphan"
-	stateLeaving State = "leaving"
-)
-
-func unlistedAs(state State, removing bool) State {
-	if removing {
-		return stateLeaving
+// whyUnlisted tells why a row is not listed: it is being removed, or else made.
+func whyUnlisted(removing bool, failure string) string {
+	if !removing {
+		return "it was not made to the end, and no operation is at it"
 	}
-	return state
+	return "its removal was begun and has not succeeded: " + cmp.Or(failure, "the daemon ended in between")
 }
 
 // leftovers are what is there and is not in the book: set differences, one for each
