@@ -220,8 +220,9 @@ func (s *Service) describe(key string) (object, name string) {
 
 // NameOf is the name by which people know a pod ("namespace/name") or a container
 // ("namespace/pod/name"), "" if the ID is not in the book.
-func (s *Service) NameOf(id string) string {
-	v := s.book.view()
+func (s *Service) NameOf(id string) string { return s.book.view().nameOf(id) }
+
+func (v *view) nameOf(id string) string {
 	if p := v.pods[id]; p != nil {
 		return p.fullName()
 	}

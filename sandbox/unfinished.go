@@ -20,10 +20,9 @@ func Unfinished(st *store.Store) ([]Op, error) {
 		return nil, err
 	}
 	v, now := b.view(), time.Now()
-	s := &Service{book: b} // for the names
 	var out []Op
 	add := func(verb, id, failure string, created int64) {
-		o := Op{Verb: verb, Object: id, Name: s.NameOf(id), Step: failure}
+		o := Op{Verb: verb, Object: id, Name: v.nameOf(id), Step: failure}
 		if created != 0 {
 			o.Began = time.Unix(0, created)
 			o.Age = max(now.Sub(o.Began), 0)
