@@ -117,13 +117,9 @@ func closeAllBut(keep []int) {
 	from := uint(3)
 	for _, fd := range append(keep, 1<<31-1) {
 		// Before Linux 5.9 there is no such call, and nothing is closed.
-		if to := uint(fd) - 1; fd > 2 && from <= to {
-			if unix.CloseRange(from, to, unix.CLOSE_RANGE_UNSHARE) != nil {
-				return
-			}
-			from = to + 2
-		} else {
-			from = max(from, uint(fd)+1)
+		if from < uint(fd) && unix.CloseRange(from, uint(fd)-1, unix.CLOSE_RANGE_UNSHARE) != nil {
+			return
 		}
+		from = max(from, uint(fd)+1)
 	}
 }
