@@ -249,18 +249,14 @@ func (s *Service) initEnded(id string, e shim.Exit) error {
 // of a pod can reach a file of the node through /proc/1/exe, and named by
 // content, so that an upgrade does not change what runs.
 func installInit(dir, binary string) (string, error) {
-	root, err := initDirOf(dir, binary)
+	src, root, err := openInit(dir, binary)
 	if err != nil {
 		return "", err
 	}
+	defer src.Close()
 	if _, err := os.Stat(root); err == nil {
 		return root, nil
 	}
-	src, err := os.Open(binary)
-	if err != nil {
-		return "", fmt.Errorf("init: %w", err)
-	}
-	defer src.Close()
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", fmt.Errorf("init: %w", err)
 	}
@@ -280,16 +276,28 @@ func installInit(dir, binary string) (string, error) {
 
 // initDirOf is where installInit puts a binary.
 func initDirOf(dir, binary string) (string, error) {
-	src, err := os.Open(binary)
-	if err != nil {
-		return "", fmt.Errorf("init: %w", err)
+	src, root, err := openInit(dir, binary)
+	if err == nil {
+		src.Close()
 	}
-	defer src.Close()
+	return root, err
+}
+
+// openInit opens a binary at its beginning, and tells where installInit puts it.
+func openInit(dir, binary string) (src *os.File, root string, err error) {
+	if src, err = os.Open(binary); err != nil {
+		return nil, "", fmt.Errorf("init: %w", err)
+	}
 	h := sha256.New()
-	if _, err := io.Copy(h, src); err != nil {
-		return "", fmt.Errorf("init: %w", err)
+	_, err = io.Copy(h, src)
+	if err == nil {
+		_, err = src.Seek(0, io.SeekStart)
 	}
-	return filepath.Join(dir, hex.EncodeToString(h.Sum(nil)[:8])), nil
+	if err != nil {
+		src.Close()
+		return nil, "", fmt.Errorf("init: %w", err)
+	}
+	return src, filepath.Join(dir, hex.EncodeToString(h.Sum(nil)[:8])), nil
 }
 
 func fillInit(root string, src *os.File) error {
