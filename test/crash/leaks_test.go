@@ -90,7 +90,7 @@ func (r *rig) foreign() (gone func() []string) {
 	id := hex.EncodeToString(b[:])
 	address := filepath.Join(r.Dir, "addresses", r.Name, "10.254.254.254")
 	r.must(os.WriteFile(address, []byte(id+"\r\neth0"), 0o644))
-	group := filepath.Join(cgroupRoot(r), "other-runtime", id)
+	group := filepath.Join(node.Hierarchy("memory"), r.Parent, "other-runtime", id)
 	r.must(os.MkdirAll(group, 0o755))
 	sleep := exec.Command("sleep", "300")
 	r.must(sleep.Start())
@@ -126,16 +126,6 @@ func (r *rig) foreign() (gone func() []string) {
 		}
 		return gone
 	}
-}
-
-// cgroupRoot is a directory of cgroups of the node's own, in the hierarchy of memory or
-// in the unified one.
-func cgroupRoot(r *rig) string {
-	root := "/sys/fs/cgroup/memory"
-	if _, err := os.Stat(root); err != nil {
-		root = "/sys/fs/cgroup"
-	}
-	return filepath.Join(root, r.Parent)
 }
 
 // TestLeaksOfLostRows: pods whose rows are gone are leaks with all that they have, found
@@ -220,7 +210,7 @@ func (r *rig) plant(id string) {
 	dir(r.RunDir, "init", ".new-1")
 	file("{", r.StateDir, "cni", "cache", "attachments", id+".json")
 	file("", r.RunDir, "c", "notes.txt")
-	r.must(os.MkdirAll(filepath.Join(cgroupRoot(r), id), 0o755))
+	r.must(os.MkdirAll(filepath.Join(node.Hierarchy("memory"), r.Parent, id), 0o755))
 	// A runtime is known by its command line; this one waits for input.
 	runc := exec.Command("sh", "-c", "read line", "--root", filepath.Join(r.RunDir, "oci", "runc"), "create", id)
 	in, err := runc.StdinPipe()

@@ -336,10 +336,7 @@ func (r *rig) survives() bool {
 // alone.
 func (r *rig) pidsGroup() string {
 	r.Helper()
-	root := "/sys/fs/cgroup"
-	if !node.Unified() {
-		root += "/pids"
-	}
+	root := node.Hierarchy("pids")
 	dir := filepath.Join(root, r.Name+"-berthd")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		r.Skipf("no cgroup that counts processes: %v", err)

@@ -38,14 +38,20 @@ func Unified() bool {
 	return err == nil
 }
 
+// Hierarchy returns the root of the hierarchy of a version 1 controller, or of the
+// only one on a unified host.
+func Hierarchy(controller string) string {
+	if Unified() {
+		return cgroupRoot
+	}
+	return filepath.Join(cgroupRoot, controller)
+}
+
 // FindCgroup returns the directory of the cgroup whose path ends in, or whose
 // last name contains, id, in the hierarchy of a version 1 controller, which is
 // ignored on a unified host.
 func FindCgroup(controller, id string) (string, error) {
-	root := cgroupRoot
-	if !Unified() {
-		root = filepath.Join(cgroupRoot, controller)
-	}
+	root := Hierarchy(controller)
 	found := ""
 	err := walkCgroups(root, func(dir string) error {
 		if strings.Contains(filepath.Base(dir), id) {
