@@ -32,15 +32,9 @@ type finding struct {
 // tool runs the administrator's tool and returns what it wrote and its exit code.
 func (r *rig) tool(args ...string) (out, errOut string, code int) {
 	r.Helper()
-	var o, e bytes.Buffer
-	cmd := exec.CommandContext(r.ctx, filepath.Join(bin, "berth"), append(args, "--config", r.Config)...)
-	cmd.Stdout, cmd.Stderr = &o, &e
-	err := cmd.Run()
-	var exit *exec.ExitError
-	if err != nil && !errors.As(err, &exit) {
-		r.Fatal(err)
-	}
-	return o.String(), e.String(), cmd.ProcessState.ExitCode()
+	out, errOut, code, err := r.Tool(r.ctx, args...)
+	r.must(err)
+	return out, errOut, code
 }
 
 // look runs a verb that looks at the node and wants the exit code.

@@ -1,11 +1,9 @@
 package critest
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -14,29 +12,22 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/berthd/berth/test/images"
-	"github.com/berthd/berth/test/node"
 	"github.com/berthd/berth/test/registry"
 )
 
-// berthTool runs the administrator's tool on a node and returns what it wrote and its
-// exit code.
-func (b *box) berthTool(n *node.Node, args ...string) (out, errOut string, code int) {
+// berthTool runs the administrator's tool on the node of the suite and returns what it
+// wrote and its exit code.
+func (b *box) berthTool(args ...string) (out, errOut string, code int) {
 	b.Helper()
-	var o, e bytes.Buffer
-	cmd := exec.CommandContext(b.ctx, filepath.Join(b.bin, "berth"), append(args, "--config", n.Config)...)
-	cmd.Stdout, cmd.Stderr = &o, &e
-	err := cmd.Run()
-	var exit *exec.ExitError
-	if err != nil && !errors.As(err, &exit) {
-		b.Fatal(err)
-	}
-	return o.String(), e.String(), cmd.ProcessState.ExitCode()
+	out, errOut, code, err := b.node.Tool(b.ctx, args...)
+	b.must(err)
+	return out, errOut, code
 }
 
-// berth runs it on the node of the suite and wants success.
+// berth runs it and wants success.
 func (b *box) berth(args ...string) string {
 	b.Helper()
-	out, errOut, code := b.berthTool(b.node, args...)
+	out, errOut, code := b.berthTool(args...)
 	if code != 0 {
 		b.Fatalf("berth %s: exit %d: %s %s", strings.Join(args, " "), code, out, errOut)
 	}
@@ -58,7 +49,7 @@ func TestBerthImages(t *testing.T) {
 	if got := b.imageStatus(ref); got == nil || !got.Pinned {
 		t.Errorf("after pin: %v", got)
 	}
-	if out, errOut, code := b.berthTool(b.node, "image", "rm", ref); code != 1 || !strings.Contains(errOut, "pinned") {
+	if out, errOut, code := b.berthTool("image", "rm", ref); code != 1 || !strings.Contains(errOut, "pinned") {
 		t.Errorf("rm of a pinned image: exit %d, %q %q", code, out, errOut)
 	}
 	b.berth("image", "unpin", ref)
@@ -69,10 +60,10 @@ func TestBerthImages(t *testing.T) {
 	if got := b.imageStatus(ref); got != nil {
 		t.Errorf("after rm: %v", got)
 	}
-	if _, errOut, code := b.berthTool(b.node, "image", "ls", ref); code != 4 || !strings.Contains(errOut, "not found") {
+	if _, errOut, code := b.berthTool("image", "ls", ref); code != 4 || !strings.Contains(errOut, "not found") {
 		t.Errorf("ls of a removed image: exit %d, %q", code, errOut)
 	}
-	if _, errOut, code := b.berthTool(b.node, "image", "pull", b.ref("t/no-such")); code != 4 {
+	if _, errOut, code := b.berthTool("image", "pull", b.ref("t/no-such")); code != 4 {
 		t.Errorf("pull of what is not there: exit %d, %q", code, errOut)
 	}
 }
@@ -107,13 +98,13 @@ func TestBerthImport(t *testing.T) {
 	if st := c.wait(); st.ExitCode != 7 {
 		t.Errorf("a container of the imported image: %v, want exit code 7", st)
 	}
-	out, errOut, code := b.berthTool(b.node, "image", "import", filepath.Join(t.TempDir(), "none.tar"))
+	out, errOut, code := b.berthTool("image", "import", filepath.Join(t.TempDir(), "none.tar"))
 	if code != 1 || !strings.Contains(errOut, "no such file") {
 		t.Errorf("import of nothing: exit %d, %q %q", code, out, errOut)
 	}
 	files["blobs/"+strings.Replace(other.Digest, ":", "/", 1)] = []byte("{}")
 	bad := b.archive(filepath.Join(t.TempDir(), "b.tar"), files, nil)
-	if _, errOut, code := b.berthTool(b.node, "image", "import", bad); code != 1 || !strings.Contains(errOut, other.Digest) {
+	if _, errOut, code := b.berthTool("image", "import", bad); code != 1 || !strings.Contains(errOut, other.Digest) {
 		t.Errorf("import of a broken archive: exit %d, %q", code, errOut)
 	}
 }
@@ -135,7 +126,7 @@ func TestBerthExport(t *testing.T) {
 		}
 		b.Cleanup(func() { b.dropImage(got.Id) })
 	}
-	if _, errOut, code := b.berthTool(b.node, "image", "export", "-o", file+"2", "none.example/none:1"); code != 4 || !strings.Contains(errOut, "not found") {
+	if _, errOut, code := b.berthTool("image", "export", "-o", file+"2", "none.example/none:1"); code != 4 || !strings.Contains(errOut, "not found") {
 		t.Errorf("export of nothing: exit %d, %q", code, errOut)
 	}
 }
@@ -184,7 +175,7 @@ func TestBerthVerify(t *testing.T) {
 	if hit != 1 {
 		t.Fatalf("%d files of the image found, want 1", hit)
 	}
-	if out, _, code := b.berthTool(b.node, "image", "verify", ref); code != 5 || !strings.Contains(out, "damaged") || !strings.Contains(out, `"name"`) {
+	if out, _, code := b.berthTool("image", "verify", ref); code != 5 || !strings.Contains(out, "damaged") || !strings.Contains(out, `"name"`) {
 		t.Errorf("verify of a damaged image: exit %d, %q", code, out)
 	}
 	if out := b.berth("image", "verify", "--repair", ref); !strings.Contains(out, "repaired") {
@@ -205,7 +196,7 @@ func TestBerthExplain(t *testing.T) {
 			t.Errorf("explain prints %q, want %q", out, want)
 		}
 	}
-	if _, errOut, code := b.berthTool(b.node, "registry", "explain", "Not A Reference"); code != 1 || !strings.Contains(errOut, "invalid image reference") {
+	if _, errOut, code := b.berthTool("registry", "explain", "Not A Reference"); code != 1 || !strings.Contains(errOut, "invalid image reference") {
 		t.Errorf("explain of no reference: exit %d, %q", code, errOut)
 	}
 }
