@@ -2,7 +2,6 @@ package crash
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -54,22 +53,18 @@ func (r *rig) deviates(all []finding, id string, words ...string) {
 // keeps from an answer in time: they are healthy. stuck is the one that is not, or "".
 func (r *rig) checkup(code int, stuck string, args ...string) []finding {
 	r.Helper()
-	out, errOut, got := r.tool(append([]string{"check", "--json"}, args...)...)
-	var f struct{ Findings []finding }
-	if err := json.Unmarshal([]byte(out), &f); err != nil {
-		r.Fatalf("berth check: exit %d: %v: %s%s", got, err, out, errOut)
-	}
-	found := slices.DeleteFunc(slices.Clone(f.Findings), func(f finding) bool {
+	all, got, text := r.findings(append([]string{"check"}, args...)...)
+	found := slices.DeleteFunc(slices.Clone(all), func(f finding) bool {
 		return f.ID != stuck && strings.HasPrefix(f.Why, "it does not answer") && strings.HasSuffix(f.What, "shim")
 	})
-	if len(found) < len(f.Findings) {
-		r.Logf("shims were slow: %+v", f.Findings)
+	if len(found) < len(all) {
+		r.Logf("shims were slow: %+v", all)
 		if code == 0 {
 			code = 5
 		}
 	}
 	if got != code {
-		r.Fatalf("berth check %s: exit %d, want %d: %s%s", strings.Join(args, " "), got, code, out, errOut)
+		r.Fatalf("berth check %s: exit %d, want %d: %s", strings.Join(args, " "), got, code, text)
 	}
 	return found
 }

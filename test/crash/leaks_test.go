@@ -37,15 +37,26 @@ func (r *rig) tool(args ...string) (out, errOut string, code int) {
 	return out, errOut, code
 }
 
-// look runs a verb that looks at the node and wants the exit code.
+// findings runs a verb that looks at the node and returns what it found, its exit code,
+// and all that it wrote.
+func (r *rig) findings(args ...string) (all []finding, code int, text string) {
+	r.Helper()
+	out, errOut, code := r.tool(append(args, "--json")...)
+	var f struct{ Findings []finding }
+	if err := json.Unmarshal([]byte(out), &f); err != nil {
+		r.Fatalf("berth %s: exit %d: %v: %s%s", strings.Join(args, " "), code, err, out, errOut)
+	}
+	return f.Findings, code, out + errOut
+}
+
+// look is findings that come with the exit code.
 func (r *rig) look(code int, args ...string) []finding {
 	r.Helper()
-	out, errOut, got := r.tool(append(args, "--json")...)
-	var f struct{ Findings []finding }
-	if got != code || json.Unmarshal([]byte(out), &f) != nil {
-		r.Fatalf("berth %s: exit %d, want %d: %s%s", strings.Join(args, " "), got, code, out, errOut)
+	all, got, text := r.findings(args...)
+	if got != code {
+		r.Fatalf("berth %s: exit %d, want %d: %s", strings.Join(args, " "), got, code, text)
 	}
-	return f.Findings
+	return all
 }
 
 // kindsOf lists the kinds of findings, each once and sorted.
