@@ -86,6 +86,15 @@ func (r *rig) removeRow(table, key string) {
 	r.must(errors.Join(st.Update(func(tx *store.Tx) error { return t.Delete(tx, key) }), st.Close()))
 }
 
+// iptables changes or asks the table of translations.
+func iptables(args ...string) error {
+	args = append([]string{"-w", "20", "-t", "nat"}, args...)
+	if out, err := exec.Command("iptables", args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("iptables %v: %w: %s", args, err, out)
+	}
+	return nil
+}
+
 // foreign plants what another runtime could have on the node, under an ID that this
 // berthd has not made, and returns a function that tells what of it is gone.
 func (r *rig) foreign() (gone func() []string) {
@@ -100,20 +109,15 @@ func (r *rig) foreign() (gone func() []string) {
 	sleep := exec.Command("sleep", "300")
 	r.must(sleep.Start())
 	r.must(os.WriteFile(filepath.Join(group, "cgroup.procs"), fmt.Append(nil, sleep.Process.Pid), 0))
-	rule := []string{"-t", "nat", "POSTROUTING", "-s", "203.0.113.77/32", "-m", "comment", "--comment", id, "-j", "ACCEPT"}
-	iptables := func(verb string) error {
-		args := append([]string{"-w", "20", rule[0], rule[1], verb}, rule[2:]...)
-		if out, err := exec.Command("iptables", args...).CombinedOutput(); err != nil {
-			return fmt.Errorf("iptables %v: %w: %s", args, err, out)
-		}
-		return nil
+	rule := func(verb string) error {
+		return iptables(verb, "POSTROUTING", "-s", "203.0.113.77/32", "-m", "comment", "--comment", id, "-j", "ACCEPT")
 	}
-	r.must(iptables("-A"))
+	r.must(rule("-A"))
 	r.Cleanup(func() {
 		sleep.Process.Kill()
 		sleep.Wait()
 		os.Remove(address)
-		if err := errors.Join(iptables("-D"), os.Remove(group), os.Remove(filepath.Dir(group))); err != nil {
+		if err := errors.Join(rule("-D"), os.Remove(group), os.Remove(filepath.Dir(group))); err != nil {
 			r.Error(err)
 		}
 	})
@@ -126,7 +130,7 @@ func (r *rig) foreign() (gone func() []string) {
 		if sleep.Process.Signal(unix.Signal(0)) != nil {
 			gone = append(gone, "process")
 		}
-		if err := iptables("-C"); err != nil {
+		if err := rule("-C"); err != nil {
 			gone = append(gone, err.Error())
 		}
 		return gone
@@ -226,9 +230,7 @@ func (r *rig) plant(id string) {
 	r.Cleanup(func() { in.Close(); <-ended })
 	chain := "CNI-" + id[:24]
 	for _, args := range []string{"-N " + chain, "-A " + chain + " -j ACCEPT", "-A POSTROUTING -s 203.0.113.78 -m comment --comment " + id + " -j " + chain} {
-		if out, err := exec.Command("iptables", strings.Fields("-w 20 -t nat "+args)...).CombinedOutput(); err != nil {
-			r.Fatalf("iptables %s: %v: %s", args, err, out)
-		}
+		r.must(iptables(strings.Fields(args)...))
 	}
 }
 
