@@ -20,19 +20,14 @@ import (
 	"github.com/berthd/berth/test/node"
 )
 
-// hungVolume gives a node that runs a volume that can stop to answer.
-func (r *rig) hungVolume() *fuse.FS {
+// volume gives a node that runs a volume that can stop to answer. Close it.
+func (r *rig) volume() *fuse.FS {
 	r.Helper()
 	f, err := fuse.New(filepath.Join(r.Dir, "fuse"))
 	if errors.Is(err, fuse.ErrNone) {
 		r.Skipf("no volume that hangs can be had: %v", err)
 	}
 	r.must(err)
-	r.Cleanup(func() {
-		if err := f.Close(); err != nil {
-			r.Errorf("volume: %v", err)
-		}
-	})
 	return f
 }
 
@@ -124,7 +119,12 @@ func call(fn func() error) <-chan error {
 func TestHungVolume(t *testing.T) {
 	t.Parallel()
 	r := startNode(t, node.Options{})
-	f := r.hungVolume()
+	f := r.volume()
+	r.Cleanup(func() {
+		if err := f.Close(); err != nil {
+			r.Errorf("volume: %v", err)
+		}
+	})
 	pod, cfg := r.pod("hung")
 	user, err := r.client.Launch(r.ctx, pod, withVolume("user", f.Volume(),
 		"sh", "-c", "while [ ! -e /tmp/go ]; do sleep 0.05; done; ls /data; exit 3"), cfg)
@@ -219,12 +219,7 @@ func isDying(pid int) bool {
 func TestHungVolumeGone(t *testing.T) {
 	t.Parallel()
 	r := startNode(t, node.Options{})
-	dir := filepath.Join(r.Dir, "gone")
-	f, err := fuse.New(dir)
-	if errors.Is(err, fuse.ErrNone) {
-		t.Skipf("no volume that hangs can be had: %v", err)
-	}
-	r.must(err)
+	f := r.volume()
 	pod, cfg := r.pod("gone")
 	f.Hang()
 	create := func() error {
