@@ -137,8 +137,7 @@ func TestListAtFirstAnswer(t *testing.T) {
 	}
 	r.must(r.Kill())
 	time.Sleep(time.Second)
-	started := make(chan error, 1)
-	go func() { started <- r.Start(r.ctx) }()
+	started := call(func() error { return r.Start(r.ctx) })
 	cs, err := r.client.ListContainers(r.ctx, &runtime.ListContainersRequest{}, grpc.WaitForReady(true))
 	r.must(err)
 	ps, err := r.client.ListPodSandbox(r.ctx, &runtime.ListPodSandboxRequest{})

@@ -80,11 +80,10 @@ func TestUpgrade(t *testing.T) {
 				Config: node.ContainerConfig("made", refs[images.Busybox], "sh", "-c", "echo started; sleep 300")})
 			r.must(err)
 			pids := r.processes(talker)
-			cut := make(chan error, 1)
-			go func() {
+			cut := call(func() error {
 				_, err := r.client.ExecSync(r.ctx, &runtime.ExecSyncRequest{ContainerId: quiet, Cmd: []string{"sleep", "60"}, Timeout: 60})
-				cut <- err
-			}()
+				return err
+			})
 			r.until("command", func() bool { return len(r.processes(quiet)) > 2 })
 			r.must(r.Kill())
 			if err := <-cut; err == nil {
