@@ -52,8 +52,8 @@ func (b *bench) restart(ctx context.Context, t *target, pods []*pod, f figures) 
 		return err
 	}
 	for _, v := range victims {
-		if err := end(v.pid); err != nil {
-			return err
+		if err := end(ctx, v.pid); err != nil {
+			return fmt.Errorf("container's process %d: %w", v.pid, err)
 		}
 	}
 	began := time.Now()
@@ -113,19 +113,22 @@ func (t *target) kill(ctx context.Context) error {
 	if t.node != nil {
 		return t.node.Kill()
 	}
-	fd, err := unix.PidfdOpen(t.Pid, 0)
-	if err != nil {
+	if err := end(ctx, t.Pid); err != nil {
 		return fmt.Errorf("daemon %d: %w", t.Pid, err)
+	}
+	return nil
+}
+
+// end kills a process and waits until it has ended.
+func end(ctx context.Context, pid int) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return err
 	}
 	defer unix.Close(fd)
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
-		return fmt.Errorf("daemon %d: %w", t.Pid, err)
+		return err
 	}
-	return ended(ctx, fd)
-}
-
-// ended waits until the process of a pidfd has ended.
-func ended(ctx context.Context, fd int) error {
 	for ctx.Err() == nil {
 		// A pidfd is readable once the process has ended.
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 100)
@@ -198,21 +201,6 @@ func pidOf(info map[string]string) int {
 		}
 	}
 	return 0
-}
-
-// end kills a process and waits until it has ended.
-func end(pid int) error {
-	ctx, cancel := context.WithTimeout(context.Background(), restartLimit)
-	defer cancel()
-	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return fmt.Errorf("container's process %d: %w", pid, err)
-	}
-	defer unix.Close(fd)
-	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
-		return fmt.Errorf("container's process %d: %w", pid, err)
-	}
-	return ended(ctx, fd)
 }
 
 // wrongStates counts the pods and containers that a list does not have, or not
