@@ -14,8 +14,7 @@ import (
 // densityCase fills the target with pods of one container and looks at it in
 // four stages.
 func densityCase(ctx context.Context, b *bench, t *target) (figures, error) {
-	empty := emptied(t)
-	return b.fill(ctx, t, filling{name: "density", pods: b.o.pods, containers: 1, stages: 4, look: func(pods []*pod, f figures) error {
+	return b.fill(ctx, t, filling{name: "density", pods: b.o.pods, containers: 1, stages: 4, look: func(empty base, pods []*pod, f figures) error {
 		if len(pods) < b.o.pods {
 			return nil
 		}
@@ -27,7 +26,7 @@ func densityCase(ctx context.Context, b *bench, t *target) (figures, error) {
 // runs commands, starts and removes pods beside those that are there, and has the
 // daemon restarted over them.
 func scaleCase(ctx context.Context, b *bench, t *target) (figures, error) {
-	return b.fill(ctx, t, filling{name: "scale", pods: b.o.scale, containers: 2, stages: 5, look: func(pods []*pod, f figures) error {
+	return b.fill(ctx, t, filling{name: "scale", pods: b.o.scale, containers: 2, stages: 5, look: func(_ base, pods []*pod, f figures) error {
 		if err := b.ask(ctx, f, question{"ExecSync", probes, 0, pods[len(pods)/2].exec}); err != nil {
 			return err
 		}
@@ -64,7 +63,7 @@ type filling struct {
 	name             string
 	pods, containers int
 	stages           int
-	look             func(pods []*pod, f figures) error // in addition to what all have, after each stage
+	look             func(empty base, pods []*pod, f figures) error // in addition to what all have, after each stage
 }
 
 // fill returns the figures of the last stage. Those of each are results of their
@@ -93,7 +92,7 @@ func (b *bench) fill(ctx context.Context, t *target, l filling) (f figures, err 
 		if err := b.reads(ctx, t, pods, f); err != nil {
 			return nil, err
 		}
-		if err := l.look(pods, f); err != nil {
+		if err := l.look(empty, pods, f); err != nil {
 			return nil, err
 		}
 		b.stages = append(b.stages, stageResult{Case: l.name, Target: t.Name, Pods: len(pods), Figures: f})
