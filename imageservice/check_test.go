@@ -1,6 +1,7 @@
 package imageservice
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -50,7 +51,7 @@ func TestCheck(t *testing.T) {
 		t.Fatal(err)
 	}
 	chain := n.chain(img, top)
-	layer := "image layer " + string(rune('1'+top)) + " of " + string(rune('1'+top)) + ", " + chain
+	layer := fmt.Sprintf("image layer %d of %d, %s", top+1, top+1, chain)
 	n.mustDeviate(layer, "snapshot "+dir)
 	if err := os.Rename(dir+".away", dir); err != nil {
 		t.Fatal(err)

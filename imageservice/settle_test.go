@@ -86,9 +86,7 @@ func TestRemoveWaits(t *testing.T) {
 	scarce = true
 	id := pull() // right after the removal, before anything was freed
 	hurried, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	hurried, end := context.WithCancel(hurried)
-	end()
+	cancel()
 	if err := n.Remove(hurried, id); err != nil {
 		t.Errorf("removal for a caller that has gone: %v", err)
 	}
