@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -24,7 +25,7 @@ func TestInspect(t *testing.T) {
 	}
 	mustPut(t, s, "good", pod{})
 	if err := s.Update(func(tx *Tx) error {
-		return errors.Join(pods.bucket(tx).Put([]byte("bad"), []byte("nonsense")))
+		return pods.bucket(tx).Put([]byte("bad"), []byte("nonsense"))
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -86,7 +87,7 @@ func TestUnreadable(t *testing.T) {
 	}
 	if err := s.Update(func(tx *Tx) error {
 		b := pods.bucket(tx)
-		v := append([]byte(nil), b.Get([]byte("rotten"))...)
+		v := bytes.Clone(b.Get([]byte("rotten")))
 		v[len(v)-1] ^= 1
 		return b.Put([]byte("rotten"), v)
 	}); err != nil {

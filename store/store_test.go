@@ -811,10 +811,7 @@ func TestUnreadablePages(t *testing.T) {
 	if err := s.View(func(tx *Tx) error { return pods.Each(tx, func(string, pod) error { return nil }) }); !errors.Is(err, unix.EIO) {
 		t.Errorf("read: %v, want EIO", err)
 	}
-	for i := range rows { // among them the first and last ones, and each on a page of its own or with neighbours
-		if i%500 != 0 {
-			continue
-		}
+	for i := 0; i < rows; i += 500 { // among them the first and last ones, and each on a page of its own or with neighbours
 		for name, fn := range map[string]func(*Tx) error{
 			"put":    func(tx *Tx) error { return pods.Put(tx, key(i), pod{Name: "y"}) },
 			"delete": func(tx *Tx) error { return pods.Delete(tx, key(i)) },
