@@ -1,7 +1,6 @@
 package sandbox
 
 import (
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -16,11 +15,7 @@ import (
 // TestUnfinished: rows in between are told, with what would become of them, and rows at
 // rest are not.
 func TestUnfinished(t *testing.T) {
-	st, err := store.Open(filepath.Join(t.TempDir(), "book.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { st.Close() })
+	st := mustBook(t).st
 	config, err := proto.Marshal(&runtime.PodSandboxConfig{Metadata: &runtime.PodSandboxMetadata{Namespace: "ns", Name: "p"}})
 	if err != nil {
 		t.Fatal(err)
