@@ -504,12 +504,8 @@ func TestOps(t *testing.T) {
 	s := &shelf{ops: []api.Op{{Kind: api.KindCall, What: "old", Age: time.Hour}, {Kind: api.KindCall, What: "new"}}}
 	c, _ := serve(t, s)
 	var got []api.Op
-	resp, err := c.Get("http://x" + api.PathOps)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	if err := json.NewDecoder(resp.Body).Decode(&got); err != nil {
+	_, body := call(t, c, "GET", api.PathOps, "")
+	if err := json.Unmarshal([]byte(body), &got); err != nil {
 		t.Fatal(err)
 	}
 	if len(got) != 3 || got[0].What != "old" || got[1].Kind != api.KindPull || got[1].Object != "slow" || got[1].Step != "layers 1/2" || got[2].What != "new" {
