@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -22,10 +21,7 @@ func TestCheckup(t *testing.T) {
 		fmt.Sprintf("state_dir = %q\nrun_dir = %q\n", filepath.Join(dir, "s"), "/run/berth-test-none"): api.LevelOK,
 		"nonsense = 1\n": api.LevelError,
 	} {
-		file := filepath.Join(dir, "berth.toml")
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		file := mustWrite(t, map[string]string{"berth.toml": text}).file
 		var out, errOut bytes.Buffer
 		if code := command([]string{"--inspect", "doctor", "--config", file}, &out, &errOut); code != 0 {
 			t.Fatalf("exit %d: %s", code, errOut.String())
