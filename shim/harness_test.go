@@ -321,6 +321,16 @@ func mustT(t testing.TB, err error) {
 	}
 }
 
+// mustEnd waits for the end of a client's shim.
+func mustEnd(t testing.TB, c *shim.Client) {
+	t.Helper()
+	select {
+	case <-c.Gone():
+	case <-time.After(time.Minute):
+		t.Fatal("the shim does not end")
+	}
+}
+
 func mustReadDir(t testing.TB, dir string) []os.DirEntry {
 	t.Helper()
 	e, err := os.ReadDir(dir)

@@ -314,11 +314,7 @@ func TestLongSocketAndNoExitFile(t *testing.T) {
 	}
 	// The shim is there until the record is, or somebody has had enough of it.
 	mustT(t, os.Mkdir(filepath.Dir(c.l.ExitFile), 0o700))
-	select {
-	case <-other.Gone():
-	case <-time.After(time.Minute):
-		t.Fatal("the shim does not end")
-	}
+	mustEnd(t, other)
 	if e, err := shim.ReadExit(c.l.ExitFile); err != nil || e.Code != 5 || e.Reason != "" {
 		t.Errorf("exit record: %+v, %v", e, err)
 	}
@@ -333,11 +329,7 @@ func TestShutdownWithoutAnExitRecord(t *testing.T) {
 		t.Errorf("got %+v", e)
 	}
 	mustT(t, c.c.Shutdown(ctxFor(t, time.Minute)))
-	select {
-	case <-c.c.Gone():
-	case <-time.After(time.Minute):
-		t.Fatal("the shim does not end")
-	}
+	mustEnd(t, c.c)
 }
 
 func TestShimKilled(t *testing.T) {
