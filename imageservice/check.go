@@ -14,11 +14,7 @@ import (
 // what differs; with repair it is put right where that is safe. What is in layers is
 // for Verify to read, and to make anew.
 func (s *Service) Check(ctx context.Context, repair bool, report store.Report) error {
-	found, err := store.Confirm(ctx, secondLook, s.check)
-	if err == nil {
-		err = store.Tell(ctx, found, repair, report)
-	}
-	if err != nil {
+	if err := store.Examine(ctx, s.check, repair, report); err != nil {
 		return fmt.Errorf("image check: %w", err)
 	}
 	return nil

@@ -14,10 +14,6 @@ import (
 	"github.com/berthd/berth/store"
 )
 
-// secondLook is how long after a first look at what seems to be nobody's, or wrong,
-// a second one is taken: pulls and removals under way change things meanwhile.
-const secondLook = time.Second
-
 // Leaks tells of what pulls and images have left behind and nobody needs: unfinished
 // layers, layers and manifests without an image, rows; with fix it is removed. What
 // pulls under way make is theirs. While the book may be missing rows nothing is
@@ -26,11 +22,7 @@ func (s *Service) Leaks(ctx context.Context, fix bool, report store.Report) erro
 	if s.book.Rebuilt() {
 		return nil
 	}
-	found, err := store.Confirm(ctx, secondLook, s.leaks)
-	if err == nil {
-		err = store.Tell(ctx, found, fix, report)
-	}
-	if err != nil {
+	if err := store.Examine(ctx, s.leaks, fix, report); err != nil {
 		return fmt.Errorf("image leaks: %w", err)
 	}
 	return nil

@@ -27,11 +27,7 @@ import (
 // will settle by itself, after a reboot or when a container has ended while no daemon
 // ran, are no deviations. The error is about looking.
 func (s *Service) Check(ctx context.Context, repair bool, report store.Report) error {
-	found, err := store.Confirm(ctx, secondLook, s.check)
-	if err == nil {
-		err = store.Tell(ctx, found, repair, report)
-	}
-	if err != nil {
+	if err := store.Examine(ctx, s.check, repair, report); err != nil {
 		return fmt.Errorf("check: %w", err)
 	}
 	s.kick() // a removal may have become due

@@ -21,10 +21,6 @@ import (
 	"github.com/berthd/berth/store"
 )
 
-// secondLook is how long after a first look at what seems to be nobody's, or wrong,
-// a second one is taken: operations under way make and remove things meanwhile.
-const secondLook = time.Second
-
 // ErrUnsettled: who owns what is not known before a daemon has read the notes.
 var ErrUnsettled = errors.New("the book was begun anew and no berthd has started with it since")
 
@@ -52,7 +48,7 @@ func (s *Service) Leaks(ctx context.Context, fix bool, report store.Report) erro
 		return fmt.Errorf("leaks: %w", ErrUnsettled)
 	}
 	var blind error // of the last look
-	found, err := store.Confirm(ctx, secondLook, func(ctx context.Context) (found []store.Finding, _ error) {
+	found, err := store.Confirm(ctx, store.SecondLook, func(ctx context.Context) (found []store.Finding, _ error) {
 		found, blind = s.leaks(ctx)
 		return found, ctx.Err()
 	})

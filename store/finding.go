@@ -49,6 +49,19 @@ func Tell(ctx context.Context, found []Finding, mend bool, report Report) error 
 	return nil
 }
 
+// SecondLook is how long after a first look at what seems to be nobody's, or wrong, a
+// second one is taken: operations under way change things meanwhile.
+const SecondLook = time.Second
+
+// Examine tells of what two looks have found, SecondLook apart, as Tell does.
+func Examine(ctx context.Context, look func(context.Context) ([]Finding, error), mend bool, report Report) error {
+	found, err := Confirm(ctx, SecondLook, look)
+	if err != nil {
+		return err
+	}
+	return Tell(ctx, found, mend, report)
+}
+
 // Confirm keeps those of the findings that a second look, a while after the first,
 // has as well: what was only changing just then has changed. It costs nothing when
 // there are none.
