@@ -76,15 +76,18 @@ func TestVerifyLayer(t *testing.T) {
 		t.Errorf("damaged layer: %q, %v", got, err)
 	}
 
-	for name, prepare := range map[string]func(path string) error{
-		"damaged": func(p string) error { return os.Truncate(p, 40) },
-		"missing": os.Remove,
+	for _, tc := range []struct {
+		name    string
+		prepare func(path string) error
+	}{
+		{"damaged", func(p string) error { return os.Truncate(p, 40) }},
+		{"missing", os.Remove},
 	} {
-		if err := prepare(n.manifests.path(chain)); err != nil {
+		if err := tc.prepare(n.manifests.path(chain)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := n.VerifyLayer(ctx, chain, layer.VerifyOptions{}, nil); !errors.Is(err, ErrNoManifest) {
-			t.Errorf("%s manifest: %v, want ErrNoManifest", name, err)
+			t.Errorf("%s manifest: %v, want ErrNoManifest", tc.name, err)
 		}
 	}
 	for _, id := range []string{"sha256:" + strings.Repeat("0", 64), "", "../../etc"} {
