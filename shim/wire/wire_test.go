@@ -26,31 +26,30 @@ var (
 var messages = []struct {
 	name string
 	m    frame
-	into interface{ Decode(Fields) error }
 }{
-	{"hello", Hello{Version: 1, Min: 1, ShimPID: 4242, ID: "c1"}, &Hello{}},
+	{"hello", Hello{Version: 1, Min: 1, ShimPID: 4242, ID: "c1"}},
 	{"launch", Launch{
 		ID: "c1", Bundle: "/b", Runtime: "/usr/sbin/runc", RuntimeRoot: "/run/r", RuntimeArgs: []string{"--debug", ""},
 		SystemdCgroup: true, Socket: "/s", ExitFile: "/e", LogPath: "/l", Terminal: true, Stdin: true, StdinOnce: true,
 		Mounts: []Mount{{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=1:2", "ro"}, Dir: "/layers"}, {Type: "bind", Source: "/x"}},
 		Rootfs: "/b/rootfs", OOMFile: "/o", CgroupKill: []string{"/c1", "/c2"}, PrivatePID: true, MaxLogLine: 16384,
 		DrainTimeout: 2 * time.Second, CreateTimeout: time.Minute, OOMScoreAdj: &adj,
-	}, &Launch{}},
-	{"launchtarget", Launch{ID: "c1", Mounts: []Mount{{Type: "bind", Source: "/x", Target: "vol-0"}}}, &Launch{}},
+	}},
+	{"launchtarget", Launch{ID: "c1", Mounts: []Mount{{Type: "bind", Source: "/x", Target: "vol-0"}}}},
 	{"launchuser", Launch{ID: "c1", Mounts: []Mount{{Type: "overlay", IDMap: "/state", Dir: "layers"}},
-		UserNS: "/ns/user", RootUID: 1<<32 - 2, RootGID: 65536}, &Launch{}},
-	{"kill", Kill{Signal: 15, All: true}, &Kill{}},
-	{"exec", Exec{Timeout: time.Second, Drain: time.Millisecond, MaxOutput: 1 << 24}, &Exec{}},
-	{"execstream", Exec{Stream: true, Console: "/c"}, &Exec{}},
-	{"attach", Attach{Stdin: true, Stdout: true, Stderr: true}, &Attach{}},
-	{"resize", Resize{Width: 200, Height: 50}, &Resize{}},
-	{"stdin", Stdin{Data: []byte("in"), EOF: true}, &Stdin{}},
-	{"launched", Launched{ShimPID: 1, Pid: 2}, &Launched{}},
-	{"state", State{Pid: 2, ShimPID: 1, Status: StatusExited, Exit: &exited}, &State{}},
-	{"execoutput", ExecOutput{Stream: 2, Data: []byte("out")}, &ExecOutput{}},
-	{"execresult", ExecResult{ExitCode: 255, StdoutTruncated: true, StderrTruncated: true, TimedOut: true}, &ExecResult{}},
-	{"exit", exited, &Exit{}},
-	{"error", Error{Code: CodeRuntime, Step: "runtime create", Message: "no"}, &Error{}},
+		UserNS: "/ns/user", RootUID: 1<<32 - 2, RootGID: 65536}},
+	{"kill", Kill{Signal: 15, All: true}},
+	{"exec", Exec{Timeout: time.Second, Drain: time.Millisecond, MaxOutput: 1 << 24}},
+	{"execstream", Exec{Stream: true, Console: "/c"}},
+	{"attach", Attach{Stdin: true, Stdout: true, Stderr: true}},
+	{"resize", Resize{Width: 200, Height: 50}},
+	{"stdin", Stdin{Data: []byte("in"), EOF: true}},
+	{"launched", Launched{ShimPID: 1, Pid: 2}},
+	{"state", State{Pid: 2, ShimPID: 1, Status: StatusExited, Exit: &exited}},
+	{"execoutput", ExecOutput{Stream: 2, Data: []byte("out")}},
+	{"execresult", ExecResult{ExitCode: 255, StdoutTruncated: true, StderrTruncated: true, TimedOut: true}},
+	{"exit", exited},
+	{"error", Error{Code: CodeRuntime, Step: "runtime create", Message: "no"}},
 }
 
 func TestGolden(t *testing.T) {
@@ -75,11 +74,11 @@ func TestGolden(t *testing.T) {
 			if err != nil || n != len(golden) || f.Call != 0x01020304 {
 				t.Fatalf("frame %+v of %d bytes, %v", f, n, err)
 			}
-			if err := test.into.Decode(f.Body); err != nil {
+			into := reflect.New(reflect.TypeOf(test.m))
+			if err := into.Interface().(interface{ Decode(Fields) error }).Decode(f.Body); err != nil {
 				t.Fatal(err)
 			}
-			got := reflect.ValueOf(test.into).Elem().Interface()
-			if !reflect.DeepEqual(got, test.m) {
+			if got := into.Elem().Interface(); !reflect.DeepEqual(got, test.m) {
 				t.Errorf("decoded as\n%+v, want\n%+v", got, test.m)
 			}
 		})
