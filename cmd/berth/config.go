@@ -60,9 +60,7 @@ func configValidate(a *app, _ *flag.FlagSet) func(context.Context, []string) err
 		if !a.json {
 			return a.berthd(ctx, check...)
 		}
-		quiet := *a
-		quiet.out = io.Discard
-		err := quiet.berthd(ctx, check...)
+		err := a.runBerthd(ctx, io.Discard, check...)
 		return errors.Join(a.printJSON(map[string]any{"file": file, "valid": err == nil}), err)
 	}
 }
