@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -39,6 +40,14 @@ func (a *app) runBerthd(ctx context.Context, out io.Writer, args ...string) erro
 		return fmt.Errorf("the program berthd, beside berth or in PATH: %w", err)
 	}
 	return nil
+}
+
+// lookAlone has berthd's program look at the node by itself, and returns its records.
+func (a *app) lookAlone(ctx context.Context, what string, more ...string) (io.Reader, error) {
+	args := append([]string{"--inspect", what}, configFlag(a.config)...)
+	var out bytes.Buffer
+	err := a.runBerthd(ctx, &out, append(args, more...)...)
+	return &out, err
 }
 
 func configDefault(a *app, _ *flag.FlagSet) func(context.Context, []string) error {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -21,12 +20,12 @@ func doctor(a *app, fs *flag.FlagSet) func(context.Context, []string) error {
 		if a.socket != "" {
 			return fmt.Errorf("--socket: the doctor looks where the configuration says, see --config: %w", errUsage)
 		}
-		var out bytes.Buffer
-		if err := a.runBerthd(ctx, &out, append([]string{"--inspect", "doctor"}, configFlag(a.config)...)...); err != nil {
+		out, err := a.lookAlone(ctx, "doctor")
+		if err != nil {
 			return err
 		}
 		r := report{Checks: []api.Check{}}
-		err := records(ctx, &out, func(rec api.Record) {
+		err = records(ctx, out, func(rec api.Record) {
 			if rec.Check != nil {
 				r.add(*rec.Check, *quiet)
 			}

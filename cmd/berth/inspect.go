@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -43,22 +42,22 @@ func (a *app) inspect(ctx context.Context, path, what string, mend bool) (*findi
 		return nil, err
 	}
 	err = c.workOn(ctx, path, api.InspectRequest{Mend: mend}, f.add)
-	if err != nil && errors.Is(err, errUnreachable) && (!errors.Is(err, errDown) || a.socket != "") {
+	if errors.Is(err, errUnreachable) && (!errors.Is(err, errDown) || a.socket != "") {
 		return nil, err
 	}
 	if !errors.Is(err, errDown) {
 		return f, err
 	}
 	f.Daemon = false
-	args := append([]string{"--inspect", what}, configFlag(a.config)...)
+	var more []string
 	if mend {
-		args = append(args, "--mend")
+		more = []string{"--mend"}
 	}
-	var out bytes.Buffer
-	if err := a.runBerthd(ctx, &out, args...); err != nil {
+	out, err := a.lookAlone(ctx, what, more...)
+	if err != nil {
 		return nil, err
 	}
-	return f, records(ctx, &out, f.add)
+	return f, records(ctx, out, f.add)
 }
 
 // conclude ends a verb: what is left is exit code 5.

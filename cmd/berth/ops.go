@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -54,11 +53,11 @@ func (a *app) askOps(ctx context.Context) ([]api.Op, error) {
 	if !errors.Is(err, errDown) || a.socket != "" {
 		return nil, err
 	}
-	var out bytes.Buffer
-	if e := a.runBerthd(ctx, &out, append([]string{"--inspect", "ops"}, configFlag(a.config)...)...); e != nil {
+	out, e := a.lookAlone(ctx, "ops")
+	if e != nil {
 		return nil, err // it said why
 	}
-	e := records(ctx, &out, func(r api.Record) {
+	e = records(ctx, out, func(r api.Record) {
 		if r.Op != nil {
 			list = append(list, *r.Op)
 		}
