@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -59,14 +60,9 @@ func (c *config) node() doctor.Node {
 		Runtimes: map[string]string{}, Drivers: map[string]string{}, Network: c.network(), OOMScoreAdj: c.OOMScoreAdj}
 	n.Shim, n.ShimErr = findProgram("shim_path", c.ShimPath, "berth-shim")
 	n.Init, n.InitErr = findProgram("init_path", c.InitPath, "berth-init")
+	driver := cgroupDriver(c.CgroupDriver)
 	for h, r := range c.Runtimes {
-		n.Runtimes[h], n.Drivers[h] = r.Path, r.CgroupDriver
-		if r.Path == "" {
-			n.Runtimes[h] = h
-		}
-		if r.CgroupDriver == "" {
-			n.Drivers[h] = cgroupDriver(c.CgroupDriver)
-		}
+		n.Runtimes[h], n.Drivers[h] = r.program(h), cmp.Or(r.CgroupDriver, driver)
 	}
 	return n
 }

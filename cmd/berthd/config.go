@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"net"
@@ -69,6 +70,9 @@ type runtimeConfig struct {
 	Path, Root, CgroupDriver, Snapshotter string
 	PodAnnotations, ContainerAnnotations  []string
 }
+
+// program is what is run for a handler.
+func (r *runtimeConfig) program(handler string) string { return cmp.Or(r.Path, handler) }
 
 // Limits that have a reason outside of this file.
 const (

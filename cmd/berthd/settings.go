@@ -24,11 +24,7 @@ func (c *config) sandbox() (sandbox.Config, error) {
 	}
 	runtimes := make(map[string]sandbox.Runtime, len(c.Runtimes))
 	for handler, r := range c.Runtimes {
-		path := r.Path
-		if path == "" {
-			path = handler
-		}
-		runtimes[handler] = sandbox.Runtime{Path: path, Root: r.Root, CgroupDriver: r.CgroupDriver,
+		runtimes[handler] = sandbox.Runtime{Path: r.program(handler), Root: r.Root, CgroupDriver: r.CgroupDriver,
 			PodAnnotations: r.PodAnnotations, ContainerAnnotations: r.ContainerAnnotations}
 	}
 	return sandbox.Config{
