@@ -80,7 +80,7 @@ func inspect(src source, what string, mend bool, stdout, stderr io.Writer) error
 }
 
 func inspectTo(ctx context.Context, src source, what string, mend bool, stderr io.Writer, tell func(api.Finding)) error {
-	looks := map[string]func(*config, context.Context, string, bool, func(api.Finding)) error{"leaks": (*config).leaks, "check": (*config).check}
+	looks := map[string]func(*config, context.Context, bool, func(api.Finding)) error{"leaks": (*config).leaks, "check": (*config).check}
 	look := looks[what]
 	if look == nil {
 		return fmt.Errorf("--inspect %q: want leaks, check, ops or doctor", what)
@@ -90,9 +90,8 @@ func inspectTo(ctx context.Context, src source, what string, mend bool, stderr i
 		return err
 	}
 	// Before anything is made: a wrong state_dir is not to become a node.
-	path := filepath.Join(c.StateDir, "book.db")
-	if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("book %s: %w: no berthd has run with this state_dir", path, os.ErrNotExist)
+	if _, err := os.Stat(c.book()); errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("book %s: %w: no berthd has run with this state_dir", c.book(), os.ErrNotExist)
 	}
 	if err := adapt(c); err != nil {
 		return err
@@ -103,25 +102,25 @@ func inspectTo(ctx context.Context, src source, what string, mend bool, stderr i
 	}
 	klog.SetLoggerWithOptions(log, klog.ContextualLogger(true))
 	ctx = klog.NewContext(ctx, log)
-	return look(c, ctx, path, mend, tell)
+	return look(c, ctx, mend, tell)
 }
 
-func (c *config) leaks(ctx context.Context, path string, fix bool, tell func(api.Finding)) error {
+func (c *config) leaks(ctx context.Context, fix bool, tell func(api.Finding)) error {
 	how := toLook
 	if fix {
 		how = toWrite
 	}
-	return c.observe(ctx, path, how, func(p parts) error { return p.leaks(ctx, fix, tell) })
+	return c.observe(ctx, how, func(p parts) error { return p.leaks(ctx, fix, tell) })
 }
 
 // check looks, and with repair does what the start of a daemon does, looks again,
 // and tells what has been put right by either.
-func (c *config) check(ctx context.Context, path string, repair bool, tell func(api.Finding)) error {
+func (c *config) check(ctx context.Context, repair bool, tell func(api.Finding)) error {
 	var found []api.Finding
 	collect := func(f api.Finding) { found = append(found, f) }
-	err := c.observe(ctx, path, toLook, func(p parts) error { return p.check(ctx, false, collect) })
+	err := c.observe(ctx, toLook, func(p parts) error { return p.check(ctx, false, collect) })
 	if errors.Is(err, store.ErrCorrupt) {
-		collect(api.Finding{Kind: "book", What: path, Why: err.Error(), Consequence: "no berthd can read it: one that starts sets it aside, begins a new one, and finds pods and containers again by their notes",
+		collect(api.Finding{Kind: "book", What: c.book(), Why: err.Error(), Consequence: "no berthd can read it: one that starts sets it aside, begins a new one, and finds pods and containers again by their notes",
 			Remedy: "start berthd, or --repair; then pull images again"})
 		err = nil
 	}
@@ -133,7 +132,7 @@ func (c *config) check(ctx context.Context, path string, repair bool, tell func(
 	}
 	before := found
 	found = nil
-	err = c.observe(ctx, path, toSettle, func(p parts) error { return p.check(ctx, true, collect) })
+	err = c.observe(ctx, toSettle, func(p parts) error { return p.check(ctx, true, collect) })
 	same := func(a, b api.Finding) bool {
 		// An image that lacks a layer may be hidden by now.
 		return a.Kind == b.Kind && a.ID == b.ID && (a.What == b.What || a.Kind == "image")
@@ -161,12 +160,12 @@ const (
 const settleLimit = 2 * time.Minute
 
 // observe puts the parts together as they are without a daemon, for look to use.
-func (c *config) observe(ctx context.Context, path string, how int, look func(parts) error) (err error) {
+func (c *config) observe(ctx context.Context, how int, look func(parts) error) (err error) {
 	node, err := c.sandbox()
 	if err != nil {
 		return err
 	}
-	book, err := openBook(path, how)
+	book, err := openBook(c.book(), how)
 	if err != nil {
 		return err
 	}

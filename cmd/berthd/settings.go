@@ -13,6 +13,8 @@ import (
 
 // What each part of the daemon is told of the configuration.
 
+func (c *config) book() string { return filepath.Join(c.StateDir, "book.db") }
+
 func (c *config) sandbox() (sandbox.Config, error) {
 	shim, err := findProgram("shim_path", c.ShimPath, "berth-shim")
 	if err != nil {

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"path/filepath"
-
 	"github.com/berthd/berth/cri/admin/api"
 	"github.com/berthd/berth/sandbox"
 	"github.com/berthd/berth/store"
@@ -15,7 +13,7 @@ func unfinished(src source, tell func(api.Record)) (err error) {
 	if err != nil {
 		return err
 	}
-	book, err := store.Inspect(filepath.Join(c.StateDir, "book.db"))
+	book, err := store.Inspect(c.book())
 	if err != nil {
 		return err
 	}

@@ -29,7 +29,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	book, err := store.Open(filepath.Join(c.StateDir, "book.db"))
+	book, err := store.Open(c.book())
 	if err != nil {
 		return err
 	}
