@@ -114,9 +114,6 @@ func (m manifests) plausible(chain string, inodes int64) error {
 // sweep removes the files of layers that are not there, and what was never finished. It
 // may be called only while nothing is pulled.
 func (m manifests) sweep(exists func(chain string) bool) error {
-	if m.dir == "" {
-		return nil
-	}
 	files, err := m.all()
 	errs := []error{err}
 	for _, f := range files {
