@@ -36,11 +36,17 @@ func TestContainerVerboseStatus(t *testing.T) {
 			Linux   struct{ CgroupsPath string }
 		}
 	}
-	b.must(json.Unmarshal([]byte(verbose()["info"]), &info))
+	err := json.Unmarshal([]byte(verbose()["info"]), &info)
+	b.must(err)
 	if info.SandboxID != p.id || info.State != "running" || info.Config.Labels["seen"] != "yes" || len(info.RuntimeSpec.Process.Args) != 3 {
 		t.Errorf("information %+v", info)
 	}
-	cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", info.Pid))
+	// The runtime starts a container by telling its init, which then becomes the program.
+	var cmdline []byte
+	b.until("program in place of the runtime's init", func() bool {
+		cmdline, err = os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", info.Pid))
+		return err != nil || !strings.HasSuffix(string(cmdline), "init\x00")
+	})
 	if err != nil || !strings.Contains(string(cmdline), "4323") {
 		t.Errorf("pid %d is %q, %v; want the container's process", info.Pid, cmdline, err)
 	}
