@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strconv"
 	"sync/atomic"
@@ -58,7 +59,7 @@ func dialSPDY(ctx context.Context, url string, o Options) (*Session, error) {
 		return nil, err
 	}
 	if in != nil {
-		s.In = in
+		s.In = input{in}
 	}
 	if out != nil {
 		s.Out = out
@@ -104,10 +105,15 @@ func DialTunnel(ctx context.Context, url string) (*Forward, error) {
 // Close drops the connection with all that go through it.
 func (f *Forward) Close() error { return ignoreGone(f.conn.Close()) }
 
-// ignoreGone is for the end of a connection: SPDY announces it, and the other side may
-// have closed first.
+// input is a stream whose end may be that of the session.
+type input struct{ httpstream.Stream }
+
+func (s input) Close() error { return ignoreGone(s.Stream.Close()) }
+
+// ignoreGone is for the end of a connection or of a stream: SPDY tells of it in several
+// writes, and after the first one the other side may have closed.
 func ignoreGone(err error) error {
-	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
+	if errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
 		return nil
 	}
 	return err
